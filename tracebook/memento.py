@@ -447,14 +447,14 @@ class _Options(NamedTuple):
 
     def scanner(self) -> _Scanner: return _scanner(self.dialect, self.relaxed, self.fences == "literal")
 
-# %% ../nbs/01_memento.ipynb #91ce3898
+# %% ../nbs/01_memento.ipynb #fecec5b7
 def _finished(text: str, spans: list[Span], contents: Iterable[Span], found: list, links, scan: _Scanner, options: _Options) -> Trace:
     "The trace, with the issues that need the text itself."
     _look_inside(text, contents, found.append)
     if marks := DIALECTS[options.dialect].answer: _split_answer(text, spans, marks, found.append)
     if k := _partial(text, scan, 2): found.append(("partial_marker", len(text) - k, len(text)))
     if found: found.sort(key=lambda f: f[1:])
-    return Trace(text, tuple(spans), tuple(Issue.of(*f) for f in found), options.dialect, links)
+    return Trace._trusted(text, tuple(spans), tuple(Issue.of(*f) for f in found) if found else (), options.dialect, links)
 
 def _assemble(text: str, reader: _Reader, scan: _Scanner, options: _Options) -> Trace:
     "The finished reader and its text as a trace."
@@ -512,18 +512,19 @@ def _regular(letters: list[str], at: list[int]) -> list[Span] | None:
     new, fields = tuple.__new__, zip(_kinds(len(letters) // 4), at, at[1:], repeat(True))
     return [new(Span, x) for x in fields if x[1] < x[2] or x[0] in _KEPT]
 
-# %% ../nbs/01_memento.ipynb #e3248ec1
+# %% ../nbs/01_memento.ipynb #c306ee2f
 def _read(text: str, options: _Options) -> Trace:
     if not isinstance(text, str): raise TypeError(f"a trace is read from a str, got {type(text).__name__}")
-    reader, scan = options.reader(), options.scanner()
+    scan, early = options.scanner(), []
     if options.plain:
         parts = scan.pattern.split(text)
         letters, at = [scan.letters[m] for m in parts[1::2]], list(accumulate(map(len, parts), initial=0))
         if options[:2] == ("adjacent", "flat") and len(letters) > 2 and (spans := _regular(letters, at)):
             return _finished(text, spans, [s for s in spans if s[0] in ("block", "memento")], [], None, scan, options)
-        reader.events = list(zip(letters, at[1::2], at[2::2]))
-    else: reader.events = _events(text, scan, options, reader.found.append)
-    if options.fences == "literal": reader.events = _Fences().filter(reader.events, True)
+        events = list(zip(letters, at[1::2], at[2::2]))
+    else: events = _events(text, scan, options, early.append)
+    reader = options.reader()
+    reader.events, reader.found = _Fences().filter(events, True) if options.fences == "literal" else events, early
     reader.run(True)
     return _assemble(text, reader, scan, options)
 

@@ -128,7 +128,15 @@ class Trace:
         where = f"they end at {ends[-1]} of {len(self.text)}" if wrong is None else f"{wrong} does not start at {ends[self.spans.index(wrong)]}"
         raise ValueError(f"spans are no partition of the text: {where}")
 
-# %% ../nbs/00_trace.ipynb #b32ae27e
+# %% ../nbs/00_trace.ipynb #2f523ee5
+@patch(cls_method=True)
+def _trusted(cls: Trace, *values) -> Trace:
+    "A trace from `text, spans, issues, dialect, links` that are known to be right."
+    trace, fields = object.__new__(cls), ("text", "spans", "issues", "dialect", "links", "_pairs")
+    for name, value in zip(fields, (*values, None)): object.__setattr__(trace, name, value)
+    return trace
+
+# %% ../nbs/00_trace.ipynb #14309e5a
 @patch
 def text_of(self: Trace,
     span: Span | None, # a span of this trace, or None
@@ -136,7 +144,7 @@ def text_of(self: Trace,
     "The text under a span, untouched."
     return None if span is None else self.text[span.start:span.end]
 
-# %% ../nbs/00_trace.ipynb #b9692fe1
+# %% ../nbs/00_trace.ipynb #d4af0bca
 def _adjacent_pairs(spans: Iterable[Span]) -> list[tuple[Span, Span | None]]:
     out = []
     for span in spans:
@@ -152,7 +160,7 @@ def pairs(self: Trace) -> tuple[Pair, ...]: # in the order in which the blocks o
         object.__setattr__(self, "_pairs", tuple(Pair(i, b, m) for i, (b, m) in enumerate(links)))
     return self._pairs
 
-# %% ../nbs/00_trace.ipynb #1a463239
+# %% ../nbs/00_trace.ipynb #83754f7a
 @patch(as_prop=True)
 def blocks(self: Trace) -> tuple[Span, ...]: # one a pair
     "The blocks, in the order in which they open."
@@ -163,14 +171,14 @@ def mementos(self: Trace) -> tuple[Span, ...]: # in the order of the text
     "All mementos, those that belong to no block included."
     return tuple(s for s in self.spans if s.kind == "memento")
 
-# %% ../nbs/00_trace.ipynb #18e32ec9
+# %% ../nbs/00_trace.ipynb #a56f3b1d
 @cache
 def _role(dialect: str, marker: str) -> str | None:
     roles = DIALECTS[dialect].roles
     if marker in roles: return roles[marker]
     return "think_end" if marker.startswith("</") else "think_start" if marker[1:6].lower() == "think" else None
 
-# %% ../nbs/00_trace.ipynb #bd80d0df
+# %% ../nbs/00_trace.ipynb #d5d052f2
 @patch(as_prop=True)
 def sections(self: Trace) -> tuple[Span, ...]: # spans of kind "section", markers excluded
     "The stretches of reasoning between thinking tags; the last is incomplete if it was never closed."
@@ -183,7 +191,7 @@ def sections(self: Trace) -> tuple[Span, ...]: # spans of kind "section", marker
     if opened is None and kinds and not out and "answer" not in kinds: opened = 0
     return tuple(out) if opened is None else (*out, Span("section", opened, len(self.text), False))
 
-# %% ../nbs/00_trace.ipynb #6aaa6736
+# %% ../nbs/00_trace.ipynb #452ac9e0
 @patch(as_prop=True)
 def reasoning(self: Trace) -> str | None: # untouched text of the first section; None if there is no section
     "What stands between the first pair of thinking tags, markers of blocks included."
@@ -195,7 +203,7 @@ def answer(self: Trace) -> str | None: # untouched text after the last section; 
     if not self.spans: return ""
     return next((self.text_of(s) for s in reversed(self.spans) if s.kind == "answer"), None)
 
-# %% ../nbs/00_trace.ipynb #8baa5050
+# %% ../nbs/00_trace.ipynb #db86c514
 @patch(as_prop=True)
 def is_complete(self: Trace) -> bool: # every span closed, and an answer
     "Whether the trace came to its end: nothing left open, and an answer."
@@ -206,7 +214,7 @@ def thinking_off(self: Trace) -> bool: # e.g. `<think></think>Answer`
     "Whether there is a section of reasoning, but nothing in it."
     return bool(self.sections) and not any(self.text_of(s).strip() for s in self.sections)
 
-# %% ../nbs/00_trace.ipynb #2c38ad5b
+# %% ../nbs/00_trace.ipynb #13828a10
 @patch
 def to_dict(self: Trace) -> dict: # keys `blocks`, `summaries`, `reasoning`, `final_answer`
     "The four keys of the OpenMementos tutorial; all stripped but `reasoning`, `''` where there is none."
@@ -220,7 +228,7 @@ def __getitem__(self: Trace,
     "A trace can be used as the tutorial's dictionary; KeyError for any other key."
     return self.to_dict()[key]
 
-# %% ../nbs/00_trace.ipynb #e829a46d
+# %% ../nbs/00_trace.ipynb #7dfab7ae
 @patch
 def to_messages(self: Trace,
     problem: str | None = None, # the user's turn; None: only the assistant's
@@ -234,7 +242,7 @@ def to_messages(self: Trace,
     content = "".join(self.text_of(s) for s in outside)
     return [*user, dict(role="assistant", content=content, reasoning_content="".join(map(self.text_of, self.sections)))]
 
-# %% ../nbs/00_trace.ipynb #9cfe3c5a
+# %% ../nbs/00_trace.ipynb #37bb5f08
 def _count(n: int, word: str) -> str: return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 @patch
@@ -243,7 +251,7 @@ def __repr__(self: Trace) -> str:
     parts = (_count(len(self.text), "character"), _count(len(self.pairs), "pair"), _count(len(self.issues), "issue"))
     return f"Trace({head!r}, {', '.join(parts)}, {self.dialect})"
 
-# %% ../nbs/00_trace.ipynb #79e51e40
+# %% ../nbs/00_trace.ipynb #ad670042
 def _html_part(label: str, text: str, limit: int = 3000, open: bool = False) -> str:
     more = f"\n… {len(text) - limit:,} characters more" if len(text) > limit else ""
     body = f'<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0 .6em 1.2em">{escape(text[:limit] + more)}</div>'
@@ -261,7 +269,7 @@ def _repr_html_(self: Trace, max_pairs: int = 40) -> str:
     if self.reasoning and not self.pairs: out.append(_html_part("Reasoning", self.reasoning))
     return "".join(out) + ("<p>No answer.</p>" if self.answer is None else _html_part("<b>Answer</b>", self.answer, open=True))
 
-# %% ../nbs/00_trace.ipynb #f828673a
+# %% ../nbs/00_trace.ipynb #9f436d3f
 def check_utf8(
     text: str, # any text
     where: str = "text", # named in the error
@@ -271,7 +279,7 @@ def check_utf8(
     except UnicodeEncodeError as e: raise ValueError(f"{where} holds a lone surrogate at offset {e.start}, which UTF-8 cannot carry") from None
     return text
 
-# %% ../nbs/00_trace.ipynb #ec1a189d
+# %% ../nbs/00_trace.ipynb #0db353e3
 @patch
 def to_json(self: Trace) -> str: # one line; ValueError for text that UTF-8 cannot carry
     "The trace as a JSON object with `text`, `dialect`, `spans`, `issues` and, where they are special, `links`."
@@ -290,14 +298,14 @@ def from_json(cls: Trace,
     spans, issues = (tuple(kind(*x) for x in row[key]) for kind, key in ((Span, "spans"), (Issue, "issues")))
     return cls(row["text"], spans, issues, row["dialect"], links)
 
-# %% ../nbs/00_trace.ipynb #47747ea3
+# %% ../nbs/00_trace.ipynb #91445b3c
 SPAN_TYPE = pa.struct([("kind", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("complete", pa.bool_())]) # a `Span` in Arrow
 ISSUE_TYPE = pa.struct([("code", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("severity", pa.string()), ("message", pa.string())]) # an `Issue` in Arrow
 LINK_TYPE = pa.struct([("block", SPAN_TYPE), ("memento", SPAN_TYPE)]) # one of `Trace.links` in Arrow
 TRACE_SCHEMA = pa.schema([("text", pa.large_string()), ("dialect", pa.string()), ("spans", pa.list_(SPAN_TYPE)),
     ("issues", pa.list_(ISSUE_TYPE)), ("links", pa.list_(LINK_TYPE))]) # columns of `traces_to_arrow`
 
-# %% ../nbs/00_trace.ipynb #bae2a2a5
+# %% ../nbs/00_trace.ipynb #400339d1
 def _to_lists(rows: list[tuple], kind: pa.StructType) -> pa.ListArray:
     "Lists of tuples as list<struct>, a column at a time."
     flat = [x for row in rows for x in row]
@@ -316,7 +324,7 @@ def traces_to_arrow(
     spans, issues = _to_lists([t.spans for t in traces], SPAN_TYPE), _to_lists([t.issues for t in traces], ISSUE_TYPE)
     return pa.Table.from_arrays([texts, pa.array([t.dialect for t in traces], pa.string()), spans, issues, pa.array(links, pa.list_(LINK_TYPE))], schema=TRACE_SCHEMA)
 
-# %% ../nbs/00_trace.ipynb #251516f6
+# %% ../nbs/00_trace.ipynb #f6fad719
 def _from_lists(column: pa.ChunkedArray, make) -> list[tuple]:
     "list<struct> as tuples of named tuples."
     out = []
