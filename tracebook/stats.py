@@ -32,16 +32,25 @@ from .memento import _partial, _scanner, parse
 from .sources import COLUMNS, LoadReport, _batches_of_rows, _find_files, load_traces, make_traces, sample_traces, sample_zoo
 
 # %% auto #0
-__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'PAPER', 'PAPER_ROWS', 'trace_table', 'block_table', 'bootstrap_median', 'Summary',
-           'summarize', 'Published', 'compare_with_paper', 'plot_block_counts', 'plot_sizes', 'plot_ratios',
+__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'PAPER', 'PAPER_ROWS', 'measure', 'trace_table', 'block_table', 'bootstrap_median',
+           'Summary', 'summarize', 'Published', 'compare_with_paper', 'plot_block_counts', 'plot_sizes', 'plot_ratios',
            'plot_block_against_memento', 'plot_ratio_by_position', 'plot_all']
 
-# %% ../nbs/07_stats.ipynb #ef098e7a
+# %% ../nbs/07_stats.ipynb #dc3bcabc
 _WIDE_SPACES = tuple(c.encode() for c in map(chr, range(128, 0x3001)) if c.isspace()) # UTF-8 of the white space beyond ASCII
+_PIECE = 1 << 18 # bytes looked at in one go
+
+def _pieces(data: np.ndarray) -> Iterator[tuple[int, np.ndarray]]: return ((a, data[a:a + _PIECE]) for a in range(0, len(data), _PIECE))
+
+def _positions(data: np.ndarray, byte: str) -> np.ndarray:
+    "Where a byte occurs."
+    found = [np.flatnonzero(x == ord(byte)) + a for a, x in _pieces(data)]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 def _spaces(data: np.ndarray) -> np.ndarray:
     "True where a byte of UTF-8 text belongs to white space."
-    space = (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 4) # unsigned: smaller bytes wrap to large ones
+    space = np.empty(len(data), bool)
+    for a, x in _pieces(data): space[a:a + _PIECE] = (x - np.uint8(9) <= 4) | (x - np.uint8(28) <= 4) # unsigned: smaller bytes wrap to large ones
     leads = np.flatnonzero(np.isin(data, (0xC2, 0xE1, 0xE2, 0xE3))) if data.size and data.max() >= 0xC2 else ()
     for wide in _WIDE_SPACES if len(leads) else ():
         at = leads[leads + len(wide) <= len(data)]
@@ -49,40 +58,35 @@ def _spaces(data: np.ndarray) -> np.ndarray:
         for i in range(len(wide)): space[at + i] = True
     return space
 
-# %% ../nbs/07_stats.ipynb #a012c4f7
+# %% ../nbs/07_stats.ipynb #00d3f423
 def _words(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    "Words in each stretch [start, end) of bytes."
-    if not len(start): return np.zeros(0, np.int64)
-    turns = space[:-1] > space[1:] # a word starts at the next byte
-    count = np.count_nonzero
-    inside = np.fromiter((count(turns[a:b]) for a, b in zip(start.tolist(), (np.maximum(end, 1) - 1).tolist())), np.int64, len(start))
-    first = (end > start) & ~space[np.minimum(start, len(space) - 1)] # a word at the very beginning
-    return inside + first
+    "Words in each stretch [start, end) of bytes: turns from white space to a word inside it, and one at its beginning."
+    count, bounds = np.count_nonzero, zip(start.tolist(), np.maximum(end, start + 1).tolist())
+    turns = np.fromiter((count(space[a:b - 1] > space[a + 1:b]) for a, b in bounds), np.int64, len(start))
+    return turns + ((end > start) & ~space[np.minimum(start, len(space) - 1)]) if len(start) else turns
 
-# %% ../nbs/07_stats.ipynb #3f699a82
-def _strip(data: np.ndarray, space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+# %% ../nbs/07_stats.ipynb #7e12c19f
+def _strip(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Stretches of bytes without the white space at both ends."
     start, end = start.copy(), end.copy()
-    for _ in range(8):
+    for step in range(8):
         left = np.flatnonzero((start < end) & space[np.minimum(start, len(space) - 1)])
-        right = np.flatnonzero((start < end) & space[np.maximum(end, 1) - 1])
-        if not len(left) and not len(right): return start, end
         start[left] += 1
-        end[right] = np.maximum(end[right] - 1, start[right])
-    for i in np.flatnonzero(start < end):
-        piece = space[start[i]:end[i]]
-        solid = np.flatnonzero(~piece[:1]) if len(piece) and not piece[0] and not piece[-1] else np.flatnonzero(~piece)
-        if len(solid) == 1 and not piece[0] and not piece[-1]: continue
+        right = np.flatnonzero((start < end) & space[end - 1])
+        end[right] -= 1
+        if not len(left) and not len(right): return start, end
+    for i in np.union1d(left, right):
+        solid = np.flatnonzero(~space[start[i]:end[i]])
         start[i], end[i] = (start[i] + solid[0], start[i] + solid[-1] + 1) if len(solid) else (start[i], start[i])
     return start, end
 
-# %% ../nbs/07_stats.ipynb #e9c9e9f8
+# %% ../nbs/07_stats.ipynb #03ad5e1c
 _MARKS = [(m.encode(), letter) for m, letter in _scanner("memento").letters.items()]
 _LONGEST = max(len(m) for m, _ in _MARKS)
 
 def _find_markers(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Start, end and letter (as a byte) of all markers in a batch of bytes, in order; also across row ends."
-    at = np.flatnonzero(data == ord("<"))
+    at = _positions(data, "<")
     at = at[np.isin(data[np.minimum(at + 1, len(data) - 1)], np.frombuffer(b"/t|", np.uint8))] if len(at) else at
     window = data[np.minimum(at[:, None] + np.arange(_LONGEST), len(data) - 1)] if len(at) else np.zeros((0, _LONGEST), np.uint8)
     letter, size = np.zeros(len(at), np.uint8), np.zeros(len(at), np.int64)
@@ -92,7 +96,7 @@ def _find_markers(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     found = size > 0
     return at[found], (at + size)[found], letter[found]
 
-# %% ../nbs/07_stats.ipynb #d03a9e2c
+# %% ../nbs/07_stats.ipynb #bb4f83b4
 def _bytes_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     "The UTF-8 bytes of a string column without nulls, and the offsets of its rows (n + 1)."
     column = column.cast(pa.large_string())
@@ -109,9 +113,8 @@ class _Batch(NamedTuple):
     first: np.ndarray # index of the first marker of each regular row
     n_pairs: np.ndarray # pairs in each regular row
     regular: np.ndarray # numbers of the regular rows
-    tail: np.ndarray # of those, rows that end in what could be the beginning of a marker
 
-# %% ../nbs/07_stats.ipynb #24c278f1
+# %% ../nbs/07_stats.ipynb #e3c7c162
 _PAIRS = re.compile(b"T(?:BbSs)+t")
 
 def _scan_batch(column: pa.Array) -> _Batch:
@@ -127,9 +130,7 @@ def _scan_batch(column: pa.Array) -> _Batch:
     regular = np.flatnonzero(ok)
     keep = ok[row] if len(row) else np.zeros(0, bool)
     counts = (bounds[1:] - bounds[:-1])[regular]
-    after = np.flatnonzero(data == ord("<"))
-    last = after[np.maximum(np.searchsorted(after, rows[regular + 1]) - 1, 0)] if len(after) else rows[regular + 1]
-    return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular, regular[rows[regular + 1] - last < _LONGEST])
+    return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular)
 
 # %% ../nbs/07_stats.ipynb #2fc54bcb
 def _char_counter(data: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -164,10 +165,17 @@ class _Measured(NamedTuple):
     mementos: np.ndarray # [memento, 6] in characters
     pairs: np.ndarray # [block]: index of the memento in `mementos`, -1: none
 
-# %% ../nbs/07_stats.ipynb #102b8e69
+# %% ../nbs/07_stats.ipynb #f9a5132b
+class _AsciiSpaces:
+    "White space of ASCII bytes, looked up where it is asked for: enough for stripping."
+    table = _spaces(np.arange(256, dtype=np.uint8)[:128])
+    def __init__(self, data: np.ndarray): self.data = data
+    def __len__(self): return len(self.data)
+    def __getitem__(self, at): return self.table[self.data[at]]
+
 def _contents(batch: _Batch, chars: Callable, space: np.ndarray, start: np.ndarray, end: np.ndarray, rows: np.ndarray, words: bool) -> np.ndarray:
     "Columns of `_Measured.blocks` for stretches of bytes."
-    a, b = _strip(batch.data, space, start, end)
+    a, b = _strip(space, start, end)
     base = batch.rows[rows]
     count = _words(space, a, b) if words else np.full(len(a), -1)
     return np.stack([rows, chars(base, start), chars(base, end), chars(a, b), count, np.ones(len(a), np.int64)], axis=1)
@@ -175,7 +183,7 @@ def _contents(batch: _Batch, chars: Callable, space: np.ndarray, start: np.ndarr
 def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     "Sizes of the regular rows, from the offsets of their markers."
     rows, n, chars = batch.regular, batch.n_pairs, _char_counter(batch.data)
-    space = _spaces(batch.data) if len(rows) else np.zeros(0, bool)
+    space = _spaces(batch.data) if words or batch.data.size and batch.data.max() >= 0x80 else _AsciiSpaces(batch.data)
     opening = np.repeat(batch.first + 1 - 4 * (np.cumsum(n) - n), n) + 4 * np.arange(n.sum()) # index of the B of each pair
     of = np.repeat(rows, n)
     blocks, mementos = (_contents(batch, chars, space, batch.end[i], batch.start[i + 1], of, words) for i in (opening, opening + 2))
@@ -188,19 +196,21 @@ def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     sizes = np.stack([total, *raw, total - sum(raw) - marks - answer - prefix, marks, answer, n], axis=1)
     return _Measured(rows, sizes, np.ones(len(rows), bool), _issues_of(batch, blocks, mementos, opening), ["memento"] * len(rows), blocks, mementos, np.arange(len(blocks)))
 
-# %% ../nbs/07_stats.ipynb #248454ae
+# %% ../nbs/07_stats.ipynb #83877ff9
 def _issues_of(batch: _Batch, blocks: np.ndarray, mementos: np.ndarray, opening: np.ndarray) -> list[list[str]]:
     "Issue codes of the regular rows, in the order in which the parser gives them."
     found: dict[int, list] = {}
     for table, code in ((blocks, "empty_block"), (mementos, "empty_summary")):
         for row, start, end, *_ in table[table[:, 3] == 0]: found.setdefault(row, []).append((start, end, code))
-    if len(ticks := np.flatnonzero(batch.data == ord("`"))):
+    if len(ticks := _positions(batch.data, "`")):
         a, b = batch.end[opening], batch.start[opening + 1]
         raw = batch.data.tobytes()
         for i in np.flatnonzero(np.searchsorted(ticks, b) > np.searchsorted(ticks, a)):
             if raw.count(b"```", a[i], b[i]) % 2: found.setdefault(blocks[i, 0], []).append((blocks[i, 2], blocks[i, 2], "marker_in_fence"))
-    for row in batch.tail:
-        text = batch.data[batch.rows[row]:batch.rows[row + 1]][-_LONGEST:].tobytes().decode("utf-8", "ignore")
+    ends = batch.rows[batch.regular + 1]
+    near = (batch.data[np.maximum(ends[:, None] - np.arange(2, _LONGEST), 0)] == ord("<")).any(axis=1) if len(ends) else ends
+    for row in batch.regular[np.flatnonzero(near)]:
+        text = batch.data[batch.rows[row]:batch.rows[row + 1]][1 - _LONGEST:].tobytes().decode("utf-8", "ignore")
         if _partial(text, _scanner("memento"), 2): found.setdefault(row, []).append((1 << 62, 0, "partial_marker"))
     return [[code for *_, code in sorted(found[row], key=lambda x: x[:2])] if row in found else [] for row in batch.regular.tolist()]
 
@@ -335,7 +345,7 @@ def _group_batches(group: _Group) -> Iterator[pa.RecordBatch]:
     columns = [c for c in ("response", "domain", "source") if c in file.schema_arrow.names]
     yield from file.iter_batches(128, row_groups=[group.group], columns=columns, use_threads=False)
 
-# %% ../nbs/07_stats.ipynb #728be320
+# %% ../nbs/07_stats.ipynb #e481e28a
 def _with_tokens(out: pa.RecordBatch, m: _Measured, column: pa.Array, count_tokens: Callable, per_trace: bool) -> pa.RecordBatch:
     "Add block_tokens, summ_tokens and their ratio."
     texts = column.to_pylist()
@@ -346,24 +356,26 @@ def _with_tokens(out: pa.RecordBatch, m: _Measured, column: pa.Array, count_toke
     for name, values in (("block_tokens", pa.array(blocks)), ("summ_tokens", _optional(mementos)), ("compress_token", _ratio(mementos, blocks))): out = out.append_column(name, values)
     return out
 
-def _table_of(batch: pa.RecordBatch, kind: str, words: bool, count_tokens: Callable | None, first: int) -> pa.RecordBatch:
-    "One batch of responses as a batch of the table."
+_KINDS = dict(trace=(TRACE_COLUMNS, _trace_columns), block=(BLOCK_COLUMNS, _block_columns))
+
+def _tables_of(batch: pa.RecordBatch, kinds: tuple[str, ...], words: bool, count_tokens: Callable | None, first: int) -> list[pa.RecordBatch]:
+    "One batch of responses as a batch of each table."
     column, names = _standard(batch)
     m = _merge(_measure(column, words), len(column))
-    out = (_trace_columns if kind == "trace" else _block_columns)(m, names, first)
-    return out if count_tokens is None else _with_tokens(out, m, column, count_tokens, kind == "trace")
+    out = [_KINDS[k][1](m, names, first) for k in kinds]
+    return out if count_tokens is None else [_with_tokens(t, m, column, count_tokens, k == "trace") for t, k in zip(out, kinds)]
 
-# %% ../nbs/07_stats.ipynb #1e0a8644
-def _of_group(group: _Group, *args) -> tuple[list[pa.RecordBatch], int]:
+# %% ../nbs/07_stats.ipynb #66a2f347
+def _run_group(args: tuple, group: _Group) -> tuple[list[list[pa.RecordBatch]], int]:
     "All batches of one row group."
     out, at = [], group.first
     for batch in _group_batches(group):
-        out.append(_table_of(batch, *args, at))
+        out.append(_tables_of(batch, *args, at))
         at += len(batch)
     return out, group.rows
 
-def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[pa.RecordBatch], int]]:
-    "(batches of the table, rows measured), in order."
+def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[list[pa.RecordBatch]], int]]:
+    "(batches of the tables, rows measured), in order."
     groups = _row_groups(rows)
     if workers > 1 and not groups: raise ValueError("workers share out the row groups of Parquet files; these rows are not in one, so leave workers at 1")
     if workers > 1:
@@ -374,21 +386,29 @@ def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[pa.Recor
     else:
         first = 0
         for batch in _batches(rows):
-            yield [_table_of(batch, *args, first)], len(batch)
+            yield [_tables_of(batch, *args, first)], len(batch)
             first += len(batch)
 
-def _run_group(args: tuple, group: _Group): return _of_group(group, *args)
-
-# %% ../nbs/07_stats.ipynb #7a126f4d
-def _table(rows: Any, kind: str, count_tokens: Callable | None, words: bool, workers: int, progress: bool) -> pa.Table:
-    schema, parts, groups = (TRACE_COLUMNS if kind == "trace" else BLOCK_COLUMNS), [], _row_groups(rows)
+# %% ../nbs/07_stats.ipynb #3ff3330c
+def measure(
+    rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
+    kinds: tuple[str, ...] = ("trace", "block"), # which tables
+    count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds block_tokens, summ_tokens, compress_token
+    *,
+    words: bool = True, # False: leave the words out (null)
+    workers: int = 1, # processes; more than 1 for Parquet only
+    progress: bool = True, # a progress bar for 5,000 rows or more
+) -> list[pa.Table]: # one for each kind
+    "Both tables in one pass; `trace_table` and `block_table` are this for one of them."
+    parts, groups = [], _row_groups(rows)
     total = sum(g.rows for g in groups) if groups else len(rows) if hasattr(rows, "__len__") and not isinstance(rows, str) else None
     with tqdm(total=total, unit=" traces", desc="measuring", disable=not progress or total is not None and total < 5000) as bar:
-        for batches, n in _all_batches(rows, workers, kind, words, count_tokens):
+        for batches, n in _all_batches(rows, workers, kinds, words, count_tokens):
             parts += batches
             bar.update(n)
-    return pa.Table.from_batches(parts, schema=None if parts else schema)
+    return [pa.Table.from_batches([p[i] for p in parts], schema=None if parts else _KINDS[k][0]) for i, k in enumerate(kinds)]
 
+# %% ../nbs/07_stats.ipynb #8165c8b6
 def trace_table(
     rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
     count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds block_tokens, summ_tokens, compress_token
@@ -398,9 +418,9 @@ def trace_table(
     progress: bool = True, # a progress bar for 5,000 rows or more
 ) -> pa.Table: # one row a trace, columns of `TRACE_COLUMNS`; sizes on stripped texts but those in `_raw`
     "Measure each trace of a corpus; undefined ratios are null."
-    return _table(rows, "trace", count_tokens, words, workers, progress)
+    return measure(rows, ("trace",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #f0680b51
+# %% ../nbs/07_stats.ipynb #8f2e6b7f
 def block_table(
     rows: Any, # as for `trace_table`
     count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each
@@ -410,9 +430,9 @@ def block_table(
     progress: bool = True, # a progress bar for 5,000 rows or more
 ) -> pa.Table: # one row a block, columns of `BLOCK_COLUMNS`; `start` and `end` in code points of the response
     "Measure each block of a corpus; `position` is its place in the trace, between 0 and 1."
-    return _table(rows, "block", count_tokens, words, workers, progress)
+    return measure(rows, ("block",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #3eb469f7
+# %% ../nbs/07_stats.ipynb #03b7c46f
 def bootstrap_median(
     values: np.ndarray, # finite numbers
     level: float = .95, # of the interval
@@ -429,7 +449,7 @@ def bootstrap_median(
     tail = (1 - level) / 2
     return tuple(float(x) for x in np.quantile((at(low) + at(high)) / 2, [tail, 1 - tail]))
 
-# %% ../nbs/07_stats.ipynb #e60be18a
+# %% ../nbs/07_stats.ipynb #2f9bacb5
 _TRACE_METRICS = ("n_blocks", "chars", "block_chars", "summ_chars", "block_words", "summ_words", "block_tokens", "summ_tokens", "compress_char", "compress_word", "compress_token",
     "trace_ratio_of_sums", "trace_mean_of_ratios", "compression_factor", "gap_share", "marker_share", "answer_chars")
 _BLOCK_METRICS = ("block_chars", "summ_chars", "block_chars_raw", "summ_chars_raw", "block_words", "summ_words", "block_tokens", "summ_tokens", "block_ratio", "compress_char", "compress_word", "compress_token")
@@ -441,7 +461,7 @@ def _describe(values: pa.ChunkedArray, seed: int) -> dict:
     low, high = bootstrap_median(x, seed=seed) or (None, None)
     return dict(n=len(x), median=q[0], q25=q[1], q75=q[2], p95=q[3], ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #eea610a1
+# %% ../nbs/07_stats.ipynb #1d9091d6
 class Summary(NamedTuple):
     "Statistics of a corpus by group."
     metrics: pa.Table # group, level ("trace", "block" or "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high
@@ -454,7 +474,7 @@ class Summary(NamedTuple):
             if (r["group"], r["metric"], r["level"]) == (group, metric, level): return r
         raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
 
-# %% ../nbs/07_stats.ipynb #ca94314a
+# %% ../nbs/07_stats.ipynb #ed29867a
 def _groups(table: pa.Table, by: str) -> dict[str, pa.Table]:
     "The rows of each group, and of all."
     keys = table[by].cast(pa.string()).fill_null("(none)")
@@ -469,7 +489,7 @@ def _corpus_rows(group: str, part: pa.Table, seed: int) -> dict:
     low, high = (None, None) if weights is None else (float(x) for x in np.nanquantile((weights @ above) / np.maximum(weights @ below, 1), [.025, .975]))
     return dict(group=group, level="corpus", metric="corpus_ratio_of_sums", n=len(part), median=value, ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #9764daf7
+# %% ../nbs/07_stats.ipynb #1e4cd884
 _METRIC_COLUMNS = pa.schema([("group", pa.string()), ("level", pa.string()), ("metric", pa.string()), ("n", pa.int64()),
     *((c, pa.float64()) for c in ("median", "q25", "q75", "p95", "ci_low", "ci_high"))])
 _ISSUE_COLUMNS = pa.schema([("group", pa.string()), ("code", pa.string()), ("severity", pa.string()), ("rows", pa.int64()), ("n", pa.int64())])
@@ -491,7 +511,7 @@ def summarize(
         issues += [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in counts.most_common()]
     return Summary(pa.Table.from_pylist(metrics, schema=_METRIC_COLUMNS), pa.Table.from_pylist(issues, schema=_ISSUE_COLUMNS), by)
 
-# %% ../nbs/07_stats.ipynb #d38d38cb
+# %% ../nbs/07_stats.ipynb #2194585f
 @patch
 def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_blocks, median_block_words, median_summ_words, median_char_ratio, median_word_ratio
     "The tutorial's table: one row a group, medians over traces, rounded to 3 places."
@@ -505,7 +525,7 @@ def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_block
 @patch
 def _repr_html_(self: Summary) -> str: return self.per_domain().to_pandas().to_html(index=False, escape=True)
 
-# %% ../nbs/07_stats.ipynb #9e1ed909
+# %% ../nbs/07_stats.ipynb #e2884960
 class Published(NamedTuple):
     "One published figure."
     statistic: str # what it is, in words
@@ -526,7 +546,7 @@ PAPER = [ # published statistics of OpenMementos, with the definitions that fit 
 ]
 PAPER_ROWS = dict(math=123_333, science=61_485, code=43_739) # rows of OpenMementos by domain, 228,557 in all
 
-# %% ../nbs/07_stats.ipynb #01254e9a
+# %% ../nbs/07_stats.ipynb #967e56aa
 def compare_with_paper(
     summary: Summary, # of `summarize`, with `blocks` for the figures on single blocks
 ) -> pa.Table: # statistic, group, published, ours, ci_low, ci_high, n, metric
@@ -540,7 +560,7 @@ def compare_with_paper(
         rows.append(dict(statistic=p.statistic, group=p.group, published=published, ours=r.get("median"), ci_low=r.get("ci_low"), ci_high=r.get("ci_high"), n=r.get("n"), metric=f"{p.metric} ({p.level})"))
     return pa.Table.from_pylist(rows)
 
-# %% ../nbs/07_stats.ipynb #8c4372de
+# %% ../nbs/07_stats.ipynb #8384703f
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#888888") # Paul Tol's "bright", told apart by colour-blind readers
 
 def _label(name: str) -> str:
@@ -562,7 +582,7 @@ def _axes(n: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
     fig.suptitle(title, fontsize="medium")
     return fig, list(axes[0])
 
-# %% ../nbs/07_stats.ipynb #dad3ce08
+# %% ../nbs/07_stats.ipynb #2c30680a
 def plot_block_counts(
     table: pa.Table, # of `trace_table`
 ) -> Figure: # bars side by side, one colour a domain
@@ -576,7 +596,7 @@ def plot_block_counts(
     if groups: ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/07_stats.ipynb #d29a87bb
+# %% ../nbs/07_stats.ipynb #41aa4d4e
 def plot_sizes(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # box plots on a logarithmic axis; whiskers at the 5th and 95th percentile
@@ -591,7 +611,7 @@ def plot_sizes(
         ax.set_xticks(range(1, len(drawn) + 1), [n for n, *_ in drawn])
     return fig
 
-# %% ../nbs/07_stats.ipynb #ad7c1ecd
+# %% ../nbs/07_stats.ipynb #48840f38
 def plot_ratios(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # histogram and cumulative distribution
@@ -606,7 +626,7 @@ def plot_ratios(
     for ax in (left, right): ax.legend(frameon=False, fontsize="small") if drawn else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #8d9639ad
+# %% ../nbs/07_stats.ipynb #daff74fb
 def plot_block_against_memento(
     blocks: pa.Table, # of `block_table`
     max_points: int = 5000, # a random sample of so many, if there are more
@@ -623,7 +643,7 @@ def plot_block_against_memento(
     ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07_stats.ipynb #fd5577ce
+# %% ../nbs/07_stats.ipynb #42d8c295
 def plot_ratio_by_position(
     blocks: pa.Table, # of `block_table`
     n_bins: int = 10, # equal parts of the trace
@@ -642,7 +662,7 @@ def plot_ratio_by_position(
     ax.legend(frameon=False, fontsize="small") if blocks.num_rows else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #064c689e
+# %% ../nbs/07_stats.ipynb #f35a9e97
 def plot_all(
     table: pa.Table, # of `trace_table`
     blocks: pa.Table, # of `block_table`
