@@ -82,7 +82,7 @@ def _body(trace: Trace, width: int) -> Iterator[Text]:
         if m not in owned: yield from (Text(f"\nMemento without a block  ({m.size:,} characters)", "bold yellow"), _cut(trace.text_of(m), width))
     if not trace.pairs and trace.reasoning: yield from (Text(f"\nReasoning  ({len(trace.reasoning):,} characters)", "bold blue"), _cut(trace.reasoning, width))
 
-# %% ../nbs/15_book.ipynb #9ce966ce
+# %% ../nbs/15_book.ipynb #6aca71ca
 def render_trace(
     response: str | Trace, # a response in any dialect, or a trace
     width: int = 220, # characters of each text; the answer gets twice as many
@@ -90,7 +90,8 @@ def render_trace(
 ) -> None:
     "Show one trace: counts, issues, each pair with sizes and ratio, the final answer."
     trace = response if isinstance(response, Trace) else parse(response)
-    answer = Text("none: the reasoning was never closed", "italic red") if trace.answer is None else _cut(trace.answer, 2 * width)
+    none, empty = Text("none: the reasoning was never closed", "italic red"), Text("empty", "italic yellow")
+    answer = none if trace.answer is None else _cut(trace.answer, 2 * width) if trace.answer.strip() else empty
     parts = [_head(trace), *map(_issue_line, trace.issues), *_body(trace, width), Text("\nFinal answer", "bold green"), answer]
     (console or Console(highlight=False)).print(Group(*parts))
 
@@ -155,26 +156,26 @@ def _health(table: pa.Table, blocks: pa.Table, report: LoadReport) -> dict:
         unreadable=len(report.unreadable), characters=total("chars"), pairs=blocks["summ_chars"].length() - blocks["summ_chars"].null_count,
         blocks=len(blocks), mementos=total("n_mementos"), codes=codes)
 
-# %% ../nbs/15_book.ipynb #eab1e1cb
+# %% ../nbs/15_book.ipynb #954fceba
 def _number(x: float | None) -> str:
     "Three significant digits below 100, whole numbers above; a dash for None."
     return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
 
 def _stat(summary: Summary, group: str, metric: str, level: str, show: str = "iqr") -> str:
-    "Median with its quartiles or its interval."
+    "Median, and on a second line its quartiles or its interval."
     try: r = summary.get(group, metric, level)
     except KeyError: return "–"
     low, high = (r["q25"], r["q75"]) if show == "iqr" else (r["ci_low"], r["ci_high"])
-    return _number(r["median"]) + ("" if low is None else f" ({_number(low)} to {_number(high)})")
+    return _number(r["median"]) + ("" if low is None else f"\n{_number(low)} to {_number(high)}")
 
-# %% ../nbs/15_book.ipynb #4344a89c
-_DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands in brackets
-    ("blocks", "Blocks", "median over traces (quartiles)", "n_blocks", "trace", "iqr"),
-    ("block", "Block, characters", "median over blocks (quartiles)", "block_chars_raw", "block", "iqr"),
-    ("memento", "Memento, characters", "median over mementos (quartiles)", "summ_chars_raw", "block", "iqr"),
-    ("ratio", "Ratio", "block_ratio: memento / block in characters, median over blocks (95 % interval)", "block_ratio", "block", "ci"),
-    ("sums", "Ratio of sums", "trace_ratio_of_sums: all mementos / all blocks of a trace, median over traces (95 % interval)", "trace_ratio_of_sums", "trace", "ci"),
-    ("words", "Ratio in words", "compress_word: all mementos / all blocks of a trace in words, median over traces (95 % interval)", "compress_word", "trace", "ci"),
+# %% ../nbs/15_book.ipynb #321a2b3d
+_DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands below
+    ("blocks", "Blocks", "median over traces, quartiles below", "n_blocks", "trace", "iqr"),
+    ("block", "Block, characters", "median over blocks, quartiles below", "block_chars_raw", "block", "iqr"),
+    ("memento", "Memento, characters", "median over mementos, quartiles below", "summ_chars_raw", "block", "iqr"),
+    ("ratio", "Ratio", "block_ratio: memento / block in characters, median over blocks, 95 % interval below", "block_ratio", "block", "ci"),
+    ("sums", "Ratio of sums", "trace_ratio_of_sums: all mementos / all blocks of a trace, median over traces, 95 % interval below", "trace_ratio_of_sums", "trace", "ci"),
+    ("words", "Ratio in words", "compress_word: all mementos / all blocks of a trace in words, median over traces, 95 % interval below", "compress_word", "trace", "ci"),
 ]
 
 def _domain_table(summary: Summary, table: pa.Table) -> dict:
@@ -185,21 +186,21 @@ def _domain_table(summary: Summary, table: pa.Table) -> dict:
     columns = [dict(key=k, label=l, help=h, numeric=n) for k, l, h, n in columns + [(k, l, h, True) for k, l, h, *_ in _DOMAIN_COLUMNS]]
     counts = {r["group"]: r["n"] for r in summary.metrics.to_pylist() if (r["level"], r["metric"]) == ("trace", "n_blocks")}
     rows = [dict(domain=visible(g), n=f"{n:,}", issues=f"{flagged[g]:,}", **{k: _stat(summary, g, m, level, show) for k, _, _, m, level, show in _DOMAIN_COLUMNS}) for g, n in counts.items() if n]
-    caption = "A ratio is memento divided by block. Intervals are bootstrap intervals of the median; a dash is undefined."
+    caption = "A ratio is memento divided by block. Sizes have their quartiles below them, ratios the 95 % bootstrap interval of the median; a dash is undefined."
     return dict(columns=columns, rows=rows[:40] + rows[40:][-1:], caption=caption + (f" The {len(rows) - 41:,} smallest domains are left out of this table." if len(rows) > 41 else ""))
 
-# %% ../nbs/15_book.ipynb #83b3971b
+# %% ../nbs/15_book.ipynb #3d378d55
 def _paper_table(summary: Summary) -> dict | None:
     "Our figures beside the published ones; None if the corpus has none of their domains."
     rows = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None]
     if not any(r["group"] != "all" for r in rows): return None
-    columns = [("statistic", "Figure", False), ("group", "Domain", False), ("published", "Published", True), ("ours", "Here (95 % interval)", True), ("n", "Values", True), ("metric", "Definition", False)]
+    columns = [("statistic", "Figure", False), ("group", "Domain", False), ("published", "Published", True), ("ours", "Here", True), ("n", "Values", True), ("metric", "Definition", False)]
     shown = [dict(statistic=r["statistic"], group=r["group"], published=r["published"], n=f"{r['n']:,}", metric=r["metric"],
-        ours=_number(r["ours"]) + ("" if r["ci_low"] is None else f" ({_number(r['ci_low'])} to {_number(r['ci_high'])})")) for r in rows]
+        ours=_number(r["ours"]) + ("" if r["ci_low"] is None else f"\n{_number(r['ci_low'])} to {_number(r['ci_high'])}")) for r in rows]
     return dict(columns=[dict(key=k, label=l, help="", numeric=n) for k, l, n in columns], rows=shown,
-        caption="Figures that the card and the paper of microsoft/OpenMementos publish for 228,557 traces, and the same figures of the traces on this page.")
+        caption="Figures that the card and the paper of microsoft/OpenMementos publish for 228,557 traces, and the same figures of the traces on this page, with their 95 % bootstrap intervals below.")
 
-# %% ../nbs/15_book.ipynb #7fdb2f2f
+# %% ../nbs/15_book.ipynb #c9f7d139
 _INK = "#010203" # a colour that no plot uses
 _SVG_STYLE = {k: _INK for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")} | {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
@@ -216,6 +217,7 @@ def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
     out = []
     with plt.rc_context(_SVG_STYLE):
         for name, title, caption, fig in plot_all(table, blocks) if len(table) else ():
+            fig.suptitle("") # the page has the title above
             with plt.rc_context({"svg.hashsalt": name}): svg = _svg(fig)
             out.append(dict(id=name, title=title, caption=caption, alt=f"{title}. {caption}", svg=svg))
     return out

@@ -93,15 +93,15 @@ def _book(args: argparse.Namespace) -> None:
     print(f"{book.path.resolve()}  ({book.size / 1e6:.1f} MB)")
     print(f"{book.traces:,} traces in {book.domains:,} {'domain' if book.domains == 1 else 'domains'}, {book.with_issues:,} with issues{bad}; {book.figures} plots; {shown} to read. Open it in a browser.")
 
-# %% ../nbs/16_cli.ipynb #ddfd2f88
+# %% ../nbs/16_cli.ipynb #6e9d0dfe
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     "A rich table; numbers to the right."
     from rich.table import Table
     from rich.text import Text
-    from tracebook.book import visible
+    from tracebook.book import _number, visible
     table = Table(title=title, title_justify="left", title_style="bold")
-    for i, name in enumerate(names): table.add_column(name, justify="left" if all(isinstance(r[i], (str, type(None))) for r in rows) else "right")
-    for row in rows: table.add_row(*(Text("–" if x is None else visible(x) if isinstance(x, str) else f"{x:,}") for x in row))
+    for i, name in enumerate(names): table.add_column(name.replace("_", " "), justify="left" if all(isinstance(r[i], (str, type(None))) for r in rows) else "right", overflow="fold")
+    for row in rows: table.add_row(*(Text(visible(x) if isinstance(x, str) else _number(x)) for x in row))
     return table
 
 def _write_table(table: Any, path: str) -> None:

@@ -1,0 +1,21 @@
+"Collects the rows of the benchmark table and prints it at the end."
+import os
+import platform
+from importlib.metadata import version
+
+ROWS = []
+
+
+def machine():
+    "Processor, cores and versions, as far as the system tells."
+    try: model = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo", encoding="utf-8") if l.startswith("model name"))
+    except (OSError, StopIteration): model = platform.processor() or platform.machine()
+    libraries = ", ".join(f"{p} {version(p)}" for p in ("numpy", "pyarrow"))
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, {libraries}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not ROWS: return
+    lines = ["| what | here | beside it | ratio | limit |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in ROWS]
+    terminalreporter.write_line("\n".join(["", *lines, "", machine() + ".", "", "(end of table)"]))
