@@ -119,7 +119,7 @@ class Api(BasicMarkdownRenderer):
         sym = getattr(import_module(owner.name), self.sym.__name__) if owner else self.sym
         try: table = DocmentTbl(sym)
         except (TypeError, ValueError): table = None  # a property has no signature
-        rows = table._repr_markdown_() if table is not None and table.has_docment else ""
+        rows = table._repr_markdown_().replace("<factory>", "a new one") if table is not None and table.has_docment else ""
         if rows:
             for p in self.dm.dm.values(): p["docment"] = None
         signature = re.sub(rf"\b(?:__main__|{LIB}\.\w+)\.(?=\w)", "", f"{self.dm}")

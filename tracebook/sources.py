@@ -35,7 +35,7 @@ __all__ = ['COLUMNS', 'FULL_COLUMNS', 'Shard', 'sample_traces', 'sample_zoo', 'm
            'BadRow', 'LoadReport', 'load_report', 'load_traces', 'FullReport', 'check_full', 'full_pass_rates',
            'write_whole']
 
-# %% ../nbs/02_sources.ipynb #35e56b8c
+# %% ../nbs/02_sources.ipynb #0bd40b32
 COLUMNS = pa.schema([("problem", pa.string()), ("response", pa.string()), ("domain", pa.string()),
     ("source", pa.string()), ("difficulty", pa.int64())]) # config "default" of OpenMementos
 FULL_COLUMNS = pa.schema([*COLUMNS, ("sentences", pa.list_(pa.string())), ("blocks", pa.list_(pa.list_(pa.int64()))),
@@ -45,7 +45,7 @@ def _schema(config: str | None) -> pa.Schema:
     if config not in (None, "default", "full"): raise ValueError(f"config {config!r} is unknown; choose default or full")
     return FULL_COLUMNS if config == "full" else COLUMNS
 
-# %% ../nbs/02_sources.ipynb #514a7a5a
+# %% ../nbs/02_sources.ipynb #cda18fe0
 def _bundled(name: str) -> list[dict]:
     text = files("tracebook").joinpath("data", name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -57,12 +57,12 @@ def sample_traces(
     rows, schema = _bundled("sample.jsonl"), _schema(config)
     return Dataset(pa.Table.from_pylist([{k: r[k] for k in schema.names} for r in rows], schema=schema), info=DatasetInfo(dataset_name="the bundled sample"))
 
-# %% ../nbs/02_sources.ipynb #91cfc375
+# %% ../nbs/02_sources.ipynb #72522f76
 def sample_zoo() -> Dataset: # columns `code`, `response`, `options` (JSON, for `parse`), `note`
     "Malformed traces, one for each issue code of the linear dialects."
     return Dataset.from_list(_bundled("zoo.jsonl"))
 
-# %% ../nbs/02_sources.ipynb #b2e31139
+# %% ../nbs/02_sources.ipynb #1bf2f881
 def _pick(rng: Random, low: int, high: int) -> int:
     "An integer in [low, high]; only `random()` is stable everywhere."
     return low + int(rng.random() * (high - low + 1))
@@ -76,7 +76,7 @@ class _Story(NamedTuple):
     memento: str # with {i}, {x} and {checkpoints}
     answer: str # with {x} and {steps}
 
-# %% ../nbs/02_sources.ipynb #50e83a60
+# %% ../nbs/02_sources.ipynb #845534d0
 _STORIES = dict(
     math=_Story("Start from {start} and apply the map x -> (a*x + b) mod {m} for {steps} given pairs (a, b). Which number results?",
         "I continue from x = {x} after {i} maps, keeping every value below the modulus {m} so that nothing grows.",
@@ -100,7 +100,7 @@ _STORIES = dict(
         "The dial now shows {x} marks.",
         "After {i} intervals the counter shows {x} of {m} marks. Readings on the way, as interval: marks: {checkpoints}.", "The counter ends at mark **{x}**."))
 
-# %% ../nbs/02_sources.ipynb #64403363
+# %% ../nbs/02_sources.ipynb #62a1bc06
 def _make_row(seed: int, i: int, domain: str | None, n_blocks: int | None) -> dict:
     "Row `i` of the corpus with this seed."
     rng = Random(f"tracebook {seed} {i}")
@@ -122,7 +122,7 @@ def _make_row(seed: int, i: int, domain: str | None, n_blocks: int | None) -> di
     response = build_memento(pairs, "\n\n" + story.answer.format(x=x, steps=done))
     return dict(problem=story.problem.format(start=start, m=m, steps=done), response=response, domain=domain, source=f"tracebook make_traces seed {seed}", difficulty=None)
 
-# %% ../nbs/02_sources.ipynb #a411fd9b
+# %% ../nbs/02_sources.ipynb #5ec2f074
 def make_traces(
     n: int, # number of rows
     seed: int = 0, # the same seed gives the same bytes on every platform
@@ -136,7 +136,7 @@ def make_traces(
     batches = [pa.RecordBatch.from_pylist([row(i) for i in range(at, min(at + 500, n))], schema=COLUMNS) for at in range(0, n, 500)]
     return Dataset(pa.Table.from_batches(batches, schema=COLUMNS))
 
-# %% ../nbs/02_sources.ipynb #c4a35710
+# %% ../nbs/02_sources.ipynb #6ae7c74e
 _EQUATION = re.compile(r"(?<![\w.*+/^-])(?<![*+/-] )(\d+) (\*|\+|-|mod) (\d+) = (-?\d+)(?![\w.]*\d)")
 _OPERATIONS = {"*": int.__mul__, "+": int.__add__, "-": int.__sub__, "mod": int.__mod__}
 
@@ -147,7 +147,7 @@ def check_arithmetic(
     found = list(_EQUATION.finditer(text))
     return len(found), [m[0] for m in found if m[2] == "mod" and not int(m[3]) or _OPERATIONS[m[2]](int(m[1]), int(m[3])) != int(m[4])]
 
-# %% ../nbs/02_sources.ipynb #f105c7d6
+# %% ../nbs/02_sources.ipynb #b9fc55fb
 register_codes("file", "error", {
     "empty_file": "The file is empty.",
     "json_truncated": "JSON breaks off before its end.",
@@ -169,7 +169,7 @@ class BadRow(ValueError):
     "Raised where a row cannot be read; carries the code of the reason."
     def __init__(self, code: str, reason: str): super().__init__(reason); self.code = code
 
-# %% ../nbs/02_sources.ipynb #f4550d0a
+# %% ../nbs/02_sources.ipynb #f269cfb7
 @dataclass
 class LoadReport:
     "What happened while rows were read; filled as they are."
@@ -189,7 +189,7 @@ def load_report(
     "The report of the rows that `load_traces` returned."
     return getattr(rows, "_load_report", None) or LoadReport("rows")
 
-# %% ../nbs/02_sources.ipynb #04f6a8a2
+# %% ../nbs/02_sources.ipynb #052b0612
 def _text(value: Any, report: LoadReport, name: str) -> str | None:
     if value is None or isinstance(value, str): return value
     report.notes[f"{name} was no text and was written as one"] += 1
@@ -200,7 +200,7 @@ def _whole(value: Any, report: LoadReport) -> int | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63: return int(value)
     report.notes["difficulty was no integer and was left out"] += 1
 
-# %% ../nbs/02_sources.ipynb #d42a11ac
+# %% ../nbs/02_sources.ipynb #7ad165cf
 def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadReport) -> dict:
     "The standard columns of one row; BadRow if there is no response."
     if not isinstance(row, dict): raise BadRow("not_a_row", f"a row must be an object with columns, got {type(row).__name__}")
@@ -213,7 +213,7 @@ def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadR
         except ValueError as e: raise BadRow("lone_surrogate", str(e)) from None
     return {**out, "difficulty": _whole(row.get(names["difficulty"]), report), **{k: row.get(names[k]) for k in schema.names[5:]}}
 
-# %% ../nbs/02_sources.ipynb #4bae392b
+# %% ../nbs/02_sources.ipynb #0aa02f65
 def _decode(raw: bytes) -> Any:
     "One line of JSON; BadRow if it is none."
     try: return json.loads(raw.decode("utf-8"))
@@ -229,7 +229,7 @@ def _json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
         if n == 1: raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip(): yield f"{name}:{n}", partial(_decode, raw)
 
-# %% ../nbs/02_sources.ipynb #cfc3cc4c
+# %% ../nbs/02_sources.ipynb #a87f4e29
 def _json_file(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
     "Rows of a JSON document, or of JSON Lines."
     raw = file.read().removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -240,7 +240,7 @@ def _json_file(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
     else: row = _decode(raw) if raw else []
     for i, r in enumerate(row if isinstance(row, list) else [row]): yield f"{name}[{i}]", partial(lambda x: x, r)
 
-# %% ../nbs/02_sources.ipynb #ac911635
+# %% ../nbs/02_sources.ipynb #0abd82e9
 def _batches_of_rows(rows: Iterable[tuple[str, Callable]], names: dict, schema: pa.Schema, report: LoadReport, size: int = 256) -> Iterator[pa.RecordBatch]:
     "Numbered rows as Arrow batches; bad rows go to the report."
     batch = []
@@ -257,7 +257,7 @@ def _to_batch(rows: list[dict], schema: pa.Schema, report: LoadReport) -> pa.Rec
     report.rows += len(rows)
     return pa.RecordBatch.from_pylist(rows, schema=schema)
 
-# %% ../nbs/02_sources.ipynb #ef81d1e4
+# %% ../nbs/02_sources.ipynb #62e3468e
 def _check_columns(there: Iterable[str], names: dict[str, str], where: str) -> None:
     "ValueError if there is no response among the columns."
     there = list(there)
@@ -265,7 +265,7 @@ def _check_columns(there: Iterable[str], names: dict[str, str], where: str) -> N
     guess = next((c for c in ("cot", "output", "text", "completion", "generation", "solution") if c in there), there[0] if there else "…")
     raise ValueError(f"{where} has no column {names['response']!r}; it has: {', '.join(there) or 'none'}. Name the right one with column_map={{'response': {guess!r}}}")
 
-# %% ../nbs/02_sources.ipynb #b63c3be5
+# %% ../nbs/02_sources.ipynb #0ab77fd7
 def _as_column(batch: pa.RecordBatch, name: str, kind: pa.DataType, report: LoadReport) -> pa.Array:
     "One column in the standard type; nulls where it is missing or of another kind."
     if name not in batch.schema.names: return pa.nulls(len(batch), kind)
@@ -291,7 +291,7 @@ def _standard_batches(batches: Iterable[pa.RecordBatch], where: str, names: dict
         report.rows += len(out)
         yield out
 
-# %% ../nbs/02_sources.ipynb #c949a0a0
+# %% ../nbs/02_sources.ipynb #0110d3d0
 Shard = Callable[[], Iterator[pa.RecordBatch]] # a piece of a source that can be read by itself
 
 def _read_text_file(path: Path, reader: Callable, *args) -> Iterator[pa.RecordBatch]:
@@ -307,7 +307,7 @@ def _read_arrow(path: Path, names: dict, schema: pa.Schema, report: LoadReport) 
     except pa.ArrowInvalid: table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     yield from _standard_batches(table.to_batches(256), path.name, names, schema, report)
 
-# %% ../nbs/02_sources.ipynb #31ed5ba3
+# %% ../nbs/02_sources.ipynb #57c227ef
 def _file_shards(path: Path, *args) -> list[Shard]:
     "The shards of one file, by its name."
     names, suffix = args[0], path.name.removesuffix(".gz").rpartition(".")[2].lower()
@@ -321,7 +321,7 @@ def _file_shards(path: Path, *args) -> list[Shard]:
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     return [partial(_read_parquet, path, g, sum(sizes[:g]), *args) for g in range(len(sizes))]
 
-# %% ../nbs/02_sources.ipynb #bb5cc414
+# %% ../nbs/02_sources.ipynb #2b4ecc00
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".arrow")
 
 def _find_files(source: str) -> list[Path]:
@@ -335,7 +335,7 @@ def _find_files(source: str) -> list[Path]:
     if strange: raise ValueError(f"{strange.name} is of no known kind; known are {', '.join(_SUFFIXES)}")
     return found
 
-# %% ../nbs/02_sources.ipynb #3d6f4cb0
+# %% ../nbs/02_sources.ipynb #5fa415ce
 def _in_turn(shards: list[Iterable], limit: int) -> list[dict]:
     "One row from each shard in turn, until there are enough or all are exhausted."
     streams, out = [iter(s) for s in shards], []
@@ -354,7 +354,7 @@ def _reservoir(rows: Iterable[dict], limit: int, seed: int) -> list[dict]:
         elif (j := int(rng.random() * (i + 1))) < limit: kept[j] = (i, row)
     return [row for _, row in sorted(kept, key=lambda x: x[0])]
 
-# %% ../nbs/02_sources.ipynb #e2f6c863
+# %% ../nbs/02_sources.ipynb #42e3be5b
 def _rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[dict]: return chain.from_iterable(b.to_pylist() for b in batches)
 
 def _head(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
@@ -371,7 +371,7 @@ def _draw(shards: list[Shard], schema: pa.Schema, limit: int | None, sample: str
     rows = _in_turn([_rows_of(s()) for s in shards], limit) if sample == "shards" else _reservoir(_rows_of(chain.from_iterable(s() for s in shards)), limit, seed)
     return pa.Table.from_pylist(rows, schema=schema)
 
-# %% ../nbs/02_sources.ipynb #5054415d
+# %% ../nbs/02_sources.ipynb #ec213d36
 def _open_hub(name: str, config: str | None, split: str) -> IterableDataset:
     "A data set of the hub as a stream; ConnectionError that says what to do instead."
     try: return load_dataset(name, config, split=split, streaming=True)
@@ -390,7 +390,7 @@ def _standard_stream(stream: IterableDataset, names: dict, schema: pa.Schema, re
     standard = lambda row: {k: row.get(names[k]) for k in schema.names}
     return stream.filter(good, with_indices=True).map(standard, remove_columns=[c for c in there if c not in schema.names])
 
-# %% ../nbs/02_sources.ipynb #e531e219
+# %% ../nbs/02_sources.ipynb #198df28e
 def _sample_stream(stream: IterableDataset, limit: int | None, sample: str, seed: int, schema: pa.Schema) -> IterableDataset | Dataset:
     "A limited stream; a reservoir has to read it all and returns a Dataset."
     if limit is None: return stream
@@ -399,7 +399,7 @@ def _sample_stream(stream: IterableDataset, limit: int | None, sample: str, seed
     shards = [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
     return Dataset(pa.Table.from_pylist(_in_turn(shards, limit), schema=schema))
 
-# %% ../nbs/02_sources.ipynb #f755596d
+# %% ../nbs/02_sources.ipynb #ed441d21
 def _local_shards(source: Any, *args) -> list[Shard]:
     "Shards of anything that is not on the hub."
     names, schema, report = args
@@ -420,7 +420,7 @@ def _source_name(source: Any) -> str:
 def _is_hub_name(source: Any) -> bool:
     return isinstance(source, str) and bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)) and not source.endswith(_SUFFIXES) and not Path(source).exists()
 
-# %% ../nbs/02_sources.ipynb #03f3c994
+# %% ../nbs/02_sources.ipynb #c1311c30
 def load_traces(
     source: Any = "microsoft/OpenMementos", # name on the hub, file, folder, glob, `Dataset`, `IterableDataset`, rows, or an open binary file of JSON Lines
     config: str | None = None, # "default" or "full": which columns are wanted
@@ -446,7 +446,7 @@ def load_traces(
     out._load_report = report
     return out
 
-# %% ../nbs/02_sources.ipynb #d8cf04f3
+# %% ../nbs/02_sources.ipynb #33e1ad31
 def _read_all(shards: list[Shard], schema: pa.Schema, limit: int | None, sample: str, seed: int, report: LoadReport) -> Dataset:
     "Rows of local shards; ValueError if none can be read, a warning if some cannot."
     table = _draw(shards, schema, limit, sample, seed)
@@ -456,7 +456,7 @@ def _read_all(shards: list[Shard], schema: pa.Schema, limit: int | None, sample:
         warnings.warn(str(report), stacklevel=3)
     return Dataset(table)
 
-# %% ../nbs/02_sources.ipynb #dad35226
+# %% ../nbs/02_sources.ipynb #e339abcd
 register_codes("full", "warn", {
     "range_bad": "A range of sentences is not two integers in order.",
     "range_gap": "A range of sentences does not start right after the one before.",
@@ -479,7 +479,7 @@ def _ranges(blocks: list, n_sentences: int) -> Iterator[tuple[str, str]]:
         expected = pair[1] + 1
     if expected != n_sentences: yield "range_end", f"the ranges end before sentence {expected}, there are {n_sentences}"
 
-# %% ../nbs/02_sources.ipynb #04c71c8d
+# %% ../nbs/02_sources.ipynb #aeb3d362
 _squeeze = lambda text: "".join(text.split())
 
 def _texts(row: dict, trace: Trace) -> Iterator[tuple[str, int, int, str]]:
@@ -494,7 +494,7 @@ def _texts(row: dict, trace: Trace) -> Iterator[tuple[str, int, int, str]]:
     whole = "".join(map(trace.text_of, trace.blocks))
     if _squeeze("".join(sentences)) != _squeeze(whole) or any(m in s for s in sentences for m in MEMENTO_TOKENS): yield "sentence_mismatch", 0, len(trace.text), ""
 
-# %% ../nbs/02_sources.ipynb #626eb285
+# %% ../nbs/02_sources.ipynb #eea8b0a0
 class FullReport(NamedTuple):
     "What `check_full` found in one row."
     checks: dict[str, bool] # ranges, counts, block_texts, summary_texts, sentences, same_row, structure -> whether it holds
@@ -508,7 +508,7 @@ class FullReport(NamedTuple):
 _CHECKS = dict(ranges=("range_bad", "range_gap", "range_overlap", "range_end"), counts=("count_mismatch",), block_texts=("block_text_mismatch",),
     summary_texts=("summary_text_mismatch",), sentences=("sentence_mismatch",), same_row=("row_mismatch",))
 
-# %% ../nbs/02_sources.ipynb #46a44861
+# %% ../nbs/02_sources.ipynb #f051c3d6
 def check_full(
     row: dict, # a row of config `full`
     default_row: dict | None = None, # the same row of config `default`, to be compared
@@ -525,7 +525,7 @@ def check_full(
     sound = len(trace.sections) == 1 and bool((trace.answer or "").strip()) and all(i.severity == "info" for i in trace.issues)
     return FullReport({k: not codes & set(v) for k, v in _CHECKS.items()} | dict(structure=sound), (*issues, *trace.issues))
 
-# %% ../nbs/02_sources.ipynb #b907a4c4
+# %% ../nbs/02_sources.ipynb #ff69a0f6
 def full_pass_rates(
     rows: Iterable[dict], # rows of config `full`
 ) -> dict[str, tuple[int, int]]: # check -> (rows that pass, rows)
@@ -533,7 +533,7 @@ def full_pass_rates(
     reports = [check_full(r).checks for r in rows]
     return {k: (sum(r[k] for r in reports), len(reports)) for k in (*_CHECKS, "structure")}
 
-# %% ../nbs/02_sources.ipynb #1c6b17f7
+# %% ../nbs/02_sources.ipynb #a09ccedb
 def write_whole(
     path: str | Path, # where the file shall lie; its folder must exist
     content: str | bytes, # text is written as UTF-8, line ends as they are

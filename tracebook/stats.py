@@ -37,7 +37,7 @@ __all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'PAPER', 'PAPER_ROWS', 'measure', '
            'Summary', 'summarize', 'Published', 'compare_with_paper', 'plot_block_counts', 'plot_sizes', 'plot_ratios',
            'plot_block_against_memento', 'plot_ratio_by_position', 'plot_all']
 
-# %% ../nbs/07_stats.ipynb #dc3bcabc
+# %% ../nbs/07_stats.ipynb #751f0d5d
 _WIDE_SPACES = tuple(c.encode() for c in map(chr, range(128, 0x3001)) if c.isspace()) # UTF-8 of the white space beyond ASCII
 _PIECE = 1 << 18 # bytes looked at in one go
 
@@ -59,29 +59,29 @@ def _spaces(data: np.ndarray) -> np.ndarray:
         for i in range(len(wide)): space[at + i] = True
     return space
 
-# %% ../nbs/07_stats.ipynb #00d3f423
+# %% ../nbs/07_stats.ipynb #5d19d1a8
 def _words(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     "Words in each stretch [start, end) of bytes: turns from white space to a word inside it, and one at its beginning."
     count, bounds = np.count_nonzero, zip(start.tolist(), np.maximum(end, start + 1).tolist())
     turns = np.fromiter((count(space[a:b - 1] > space[a + 1:b]) for a, b in bounds), np.int64, len(start))
-    return turns + ((end > start) & ~space[np.minimum(start, len(space) - 1)]) if len(start) else turns
+    return turns + ((end > start) & ~space[np.minimum(start, len(space) - 1)]) if len(space) else turns
 
-# %% ../nbs/07_stats.ipynb #7e12c19f
+# %% ../nbs/07_stats.ipynb #fcb195f2
 def _strip(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Stretches of bytes without the white space at both ends."
     start, end = start.copy(), end.copy()
-    for step in range(8):
+    for step in range(8 if len(space) else 0):
         left = np.flatnonzero((start < end) & space[np.minimum(start, len(space) - 1)])
         start[left] += 1
         right = np.flatnonzero((start < end) & space[end - 1])
         end[right] -= 1
         if not len(left) and not len(right): return start, end
-    for i in np.union1d(left, right):
+    for i in np.union1d(left, right) if len(space) else ():
         solid = np.flatnonzero(~space[start[i]:end[i]])
         start[i], end[i] = (start[i] + solid[0], start[i] + solid[-1] + 1) if len(solid) else (start[i], start[i])
     return start, end
 
-# %% ../nbs/07_stats.ipynb #03ad5e1c
+# %% ../nbs/07_stats.ipynb #886419a4
 _MARKS = [(m.encode(), letter) for m, letter in _scanner("memento").letters.items()]
 _LONGEST = max(len(m) for m, _ in _MARKS)
 
@@ -97,7 +97,7 @@ def _find_markers(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     found = size > 0
     return at[found], (at + size)[found], letter[found]
 
-# %% ../nbs/07_stats.ipynb #bb4f83b4
+# %% ../nbs/07_stats.ipynb #069d5ceb
 def _bytes_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     "The UTF-8 bytes of a string column without nulls, and the offsets of its rows (n + 1)."
     column = column.cast(pa.large_string())
@@ -115,7 +115,7 @@ class _Batch(NamedTuple):
     n_pairs: np.ndarray # pairs in each regular row
     regular: np.ndarray # numbers of the regular rows
 
-# %% ../nbs/07_stats.ipynb #e3c7c162
+# %% ../nbs/07_stats.ipynb #b9d20cd9
 _PAIRS = re.compile(b"T(?:BbSs)+t")
 
 def _scan_batch(column: pa.Array) -> _Batch:
@@ -133,14 +133,14 @@ def _scan_batch(column: pa.Array) -> _Batch:
     counts = (bounds[1:] - bounds[:-1])[regular]
     return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular)
 
-# %% ../nbs/07_stats.ipynb #2fc54bcb
+# %% ../nbs/07_stats.ipynb #e003d16c
 def _char_counter(data: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     "A function of (start, end) in bytes that gives sizes in characters."
     if not data.size or data.max() < 0x80: return lambda a, b: b - a
     inner = np.flatnonzero((data & 0xC0) == 0x80)
     return lambda a, b: (b - a) - (np.searchsorted(inner, b) - np.searchsorted(inner, a))
 
-# %% ../nbs/07_stats.ipynb #699ebee3
+# %% ../nbs/07_stats.ipynb #ef5232d9
 TRACE_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("dialect", pa.string()), ("n_blocks", pa.int64()),
     ("n_mementos", pa.int64()), ("block_chars", pa.int64()), ("summ_chars", pa.int64()), ("block_words", pa.int64()), ("summ_words", pa.int64()),
     ("compress_char", pa.float64()), ("compress_word", pa.float64()), ("chars", pa.int64()), ("block_chars_raw", pa.int64()), ("summ_chars_raw", pa.int64()),
@@ -152,7 +152,7 @@ BLOCK_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("sourc
     ("block_chars_raw", pa.int64()), ("summ_chars_raw", pa.int64()), ("block_ratio", pa.float64()), ("compress_char", pa.float64()), ("compress_word", pa.float64()),
     ("complete", pa.bool_())]) # columns of `block_table`
 
-# %% ../nbs/07_stats.ipynb #78aa2804
+# %% ../nbs/07_stats.ipynb #f0a15f90
 _SIZES = ("chars", "block_chars_raw", "summ_chars_raw", "gap_chars", "marker_chars", "answer_chars", "n_mementos")
 
 class _Measured(NamedTuple):
@@ -166,7 +166,7 @@ class _Measured(NamedTuple):
     mementos: np.ndarray # [memento, 6] in characters
     pairs: np.ndarray # [block]: index of the memento in `mementos`, -1: none
 
-# %% ../nbs/07_stats.ipynb #f9a5132b
+# %% ../nbs/07_stats.ipynb #23f92980
 class _AsciiSpaces:
     "White space of ASCII bytes, looked up where it is asked for: enough for stripping."
     table = _spaces(np.arange(256, dtype=np.uint8)[:128])
@@ -197,7 +197,7 @@ def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     sizes = np.stack([total, *raw, total - sum(raw) - marks - answer - prefix, marks, answer, n], axis=1)
     return _Measured(rows, sizes, np.ones(len(rows), bool), _issues_of(batch, blocks, mementos, opening), ["memento"] * len(rows), blocks, mementos, np.arange(len(blocks)))
 
-# %% ../nbs/07_stats.ipynb #83877ff9
+# %% ../nbs/07_stats.ipynb #18bcb6c7
 def _issues_of(batch: _Batch, blocks: np.ndarray, mementos: np.ndarray, opening: np.ndarray) -> list[list[str]]:
     "Issue codes of the regular rows, in the order in which the parser gives them."
     found: dict[int, list] = {}
@@ -215,7 +215,7 @@ def _issues_of(batch: _Batch, blocks: np.ndarray, mementos: np.ndarray, opening:
         if _partial(text, _scanner("memento"), 2): found.setdefault(row, []).append((1 << 62, 0, "partial_marker"))
     return [[code for *_, code in sorted(found[row], key=lambda x: x[:2])] if row in found else [] for row in batch.regular.tolist()]
 
-# %% ../nbs/07_stats.ipynb #8770051f
+# %% ../nbs/07_stats.ipynb #247dc152
 def _measure_parsed(texts: dict[int, str], words: bool) -> _Measured:
     "Sizes of rows by the parser: row number -> text."
     sizes, complete, issues, dialects, blocks, mementos, pairs = [], [], [], [], [], [], []
@@ -234,14 +234,14 @@ def _measure_parsed(texts: dict[int, str], words: bool) -> _Measured:
     table = lambda x, k: np.array(x, np.int64).reshape(-1, k)
     return _Measured(np.array(list(texts), np.int64), table(sizes, len(_SIZES)), np.array(complete, bool), issues, dialects, table(blocks, 6), table(mementos, 6), np.array(pairs, np.int64))
 
-# %% ../nbs/07_stats.ipynb #d682d2f5
+# %% ../nbs/07_stats.ipynb #41800849
 def _measure(column: pa.Array, words: bool) -> list[_Measured]:
     "Both ways over one column of responses."
     batch = _scan_batch(column)
     others = np.setdiff1d(np.arange(len(column)), batch.regular, assume_unique=True)
     return [_measure_regular(batch, words), _measure_parsed(dict(zip(others.tolist(), column.take(pa.array(others)).to_pylist())), words)]
 
-# %% ../nbs/07_stats.ipynb #73c2cdcc
+# %% ../nbs/07_stats.ipynb #0882773b
 def _ratio(a: np.ndarray, b: np.ndarray) -> pa.Array:
     "a / b as an Arrow column; null where b is not positive or a is undefined."
     bad = (b <= 0) | (a < 0)
@@ -255,7 +255,7 @@ def _sums(table: np.ndarray, column: int, n_rows: int) -> np.ndarray:
     sums = np.bincount(table[:, 0], np.maximum(values, 0), n_rows).astype(np.int64)
     return np.where(np.bincount(table[:, 0], values < 0, n_rows) > 0, -1, sums)
 
-# %% ../nbs/07_stats.ipynb #f69fc228
+# %% ../nbs/07_stats.ipynb #9f2eb92d
 def _merge(parts: list[_Measured], n: int) -> _Measured:
     "Rows of both ways in the order of the batch."
     order = np.argsort(np.concatenate([p.rows for p in parts]))
@@ -268,7 +268,7 @@ def _merge(parts: list[_Measured], n: int) -> _Measured:
     return _Measured(np.arange(n), np.concatenate([p.sizes for p in parts])[order], np.concatenate([p.complete for p in parts])[order],
         [issues[i] for i in order], [dialects[i] for i in order], blocks[by_row], mementos, pairs[by_row])
 
-# %% ../nbs/07_stats.ipynb #42bb538b
+# %% ../nbs/07_stats.ipynb #3adcfb0b
 def _trace_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.RecordBatch:
     "One row a trace."
     n, size = len(m.rows), dict(zip(_SIZES, m.sizes.T))
@@ -284,7 +284,7 @@ def _trace_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.R
         share("gap_chars"), share("marker_chars"), _ratio(size["summ_chars_raw"], size["block_chars_raw"]), _ratio(*mean),
         _ratio(size["block_chars_raw"], size["summ_chars_raw"]), pa.array(m.complete), pa.array(m.issues, pa.list_(pa.string()))], schema=TRACE_COLUMNS)
 
-# %% ../nbs/07_stats.ipynb #11270573
+# %% ../nbs/07_stats.ipynb #dae400fe
 def _block_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.RecordBatch:
     "One row a block."
     row, start, end, chars, words, complete = m.blocks.T
@@ -297,7 +297,7 @@ def _block_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.R
         pa.array(start), pa.array(end), pa.array(chars), _optional(memento[0]), _optional(words), _optional(memento[1]), pa.array(end - start), _optional(memento[2]),
         _ratio(memento[2], end - start), _ratio(memento[0], chars), _ratio(memento[1], words), pa.array(complete.astype(bool) & has)], schema=BLOCK_COLUMNS)
 
-# %% ../nbs/07_stats.ipynb #3637bc84
+# %% ../nbs/07_stats.ipynb #6ed4653f
 def _standard(batch: pa.RecordBatch) -> tuple[pa.Array, dict[str, pa.Array]]:
     "Responses of a batch, and its domain and source."
     response = batch.column(batch.schema.names.index("response"))
@@ -318,7 +318,7 @@ def _batches(rows: Any, size: int = 128) -> Iterator[pa.RecordBatch]:
         yield from _batches_of_rows(((f"row {i}", partial(dict, r)) for i, r in enumerate(rows)), names, COLUMNS, report, size)
         if report.unreadable: warnings.warn(str(report), stacklevel=2)
 
-# %% ../nbs/07_stats.ipynb #0c695c85
+# %% ../nbs/07_stats.ipynb #5a40fb82
 class _Group(NamedTuple):
     "A row group of a Parquet file."
     path: str # of the file
@@ -346,7 +346,7 @@ def _group_batches(group: _Group) -> Iterator[pa.RecordBatch]:
     columns = [c for c in ("response", "domain", "source") if c in file.schema_arrow.names]
     yield from file.iter_batches(128, row_groups=[group.group], columns=columns, use_threads=False)
 
-# %% ../nbs/07_stats.ipynb #e481e28a
+# %% ../nbs/07_stats.ipynb #ca0ad649
 def _with_tokens(out: pa.RecordBatch, m: _Measured, column: pa.Array, count_tokens: Callable, per_trace: bool) -> pa.RecordBatch:
     "Add block_tokens, summ_tokens and their ratio."
     texts = column.to_pylist()
@@ -366,7 +366,7 @@ def _tables_of(batch: pa.RecordBatch, kinds: tuple[str, ...], words: bool, count
     out = [_KINDS[k][1](m, names, first) for k in kinds]
     return out if count_tokens is None else [_with_tokens(t, m, column, count_tokens, k == "trace") for t, k in zip(out, kinds)]
 
-# %% ../nbs/07_stats.ipynb #66a2f347
+# %% ../nbs/07_stats.ipynb #c44305bf
 def _run_group(args: tuple, group: _Group) -> tuple[list[list[pa.RecordBatch]], int]:
     "All batches of one row group."
     out, at = [], group.first
@@ -390,7 +390,7 @@ def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[list[pa.
             yield [_tables_of(batch, *args, first)], len(batch)
             first += len(batch)
 
-# %% ../nbs/07_stats.ipynb #3ff3330c
+# %% ../nbs/07_stats.ipynb #909144e9
 def measure(
     rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
     kinds: tuple[str, ...] = ("trace", "block"), # which tables
@@ -409,7 +409,7 @@ def measure(
             bar.update(n)
     return [pa.Table.from_batches([p[i] for p in parts], schema=None if parts else _KINDS[k][0]) for i, k in enumerate(kinds)]
 
-# %% ../nbs/07_stats.ipynb #8165c8b6
+# %% ../nbs/07_stats.ipynb #37da0724
 def trace_table(
     rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
     count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds block_tokens, summ_tokens, compress_token
@@ -421,7 +421,7 @@ def trace_table(
     "Measure each trace of a corpus; undefined ratios are null."
     return measure(rows, ("trace",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #8f2e6b7f
+# %% ../nbs/07_stats.ipynb #a32aea78
 def block_table(
     rows: Any, # as for `trace_table`
     count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each
@@ -433,7 +433,7 @@ def block_table(
     "Measure each block of a corpus; `position` is its place in the trace, between 0 and 1."
     return measure(rows, ("block",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #03b7c46f
+# %% ../nbs/07_stats.ipynb #5162a723
 def bootstrap_median(
     values: np.ndarray, # finite numbers
     level: float = .95, # of the interval
@@ -450,7 +450,7 @@ def bootstrap_median(
     tail = (1 - level) / 2
     return tuple(float(x) for x in np.quantile((at(low) + at(high)) / 2, [tail, 1 - tail]))
 
-# %% ../nbs/07_stats.ipynb #2f9bacb5
+# %% ../nbs/07_stats.ipynb #42371f4f
 _TRACE_METRICS = ("n_blocks", "chars", "block_chars", "summ_chars", "block_words", "summ_words", "block_tokens", "summ_tokens", "compress_char", "compress_word", "compress_token",
     "trace_ratio_of_sums", "trace_mean_of_ratios", "compression_factor", "gap_share", "marker_share", "answer_chars")
 _BLOCK_METRICS = ("block_chars", "summ_chars", "block_chars_raw", "summ_chars_raw", "block_words", "summ_words", "block_tokens", "summ_tokens", "block_ratio", "compress_char", "compress_word", "compress_token")
@@ -462,7 +462,7 @@ def _describe(values: pa.ChunkedArray, seed: int) -> dict:
     low, high = bootstrap_median(x, seed=seed) or (None, None)
     return dict(n=len(x), median=q[0], q25=q[1], q75=q[2], p95=q[3], ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #1d9091d6
+# %% ../nbs/07_stats.ipynb #2564f7fe
 class Summary(NamedTuple):
     "Statistics of a corpus by group."
     metrics: pa.Table # group, level ("trace", "block" or "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high
@@ -475,7 +475,7 @@ class Summary(NamedTuple):
             if (r["group"], r["metric"], r["level"]) == (group, metric, level): return r
         raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
 
-# %% ../nbs/07_stats.ipynb #ed29867a
+# %% ../nbs/07_stats.ipynb #d919d755
 def _groups(table: pa.Table, by: str) -> dict[str, pa.Table]:
     "The rows of each group, and of all."
     keys = table[by].cast(pa.string()).fill_null("(none)")
@@ -490,7 +490,7 @@ def _corpus_rows(group: str, part: pa.Table, seed: int) -> dict:
     low, high = (None, None) if weights is None else (float(x) for x in np.nanquantile((weights @ above) / np.maximum(weights @ below, 1), [.025, .975]))
     return dict(group=group, level="corpus", metric="corpus_ratio_of_sums", n=len(part), median=value, ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #1e4cd884
+# %% ../nbs/07_stats.ipynb #012dd49a
 _METRIC_COLUMNS = pa.schema([("group", pa.string()), ("level", pa.string()), ("metric", pa.string()), ("n", pa.int64()),
     *((c, pa.float64()) for c in ("median", "q25", "q75", "p95", "ci_low", "ci_high"))])
 _ISSUE_COLUMNS = pa.schema([("group", pa.string()), ("code", pa.string()), ("severity", pa.string()), ("rows", pa.int64()), ("n", pa.int64())])
@@ -512,7 +512,7 @@ def summarize(
         issues += [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in counts.most_common()]
     return Summary(pa.Table.from_pylist(metrics, schema=_METRIC_COLUMNS), pa.Table.from_pylist(issues, schema=_ISSUE_COLUMNS), by)
 
-# %% ../nbs/07_stats.ipynb #2194585f
+# %% ../nbs/07_stats.ipynb #c0574419
 @patch
 def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_blocks, median_block_words, median_summ_words, median_char_ratio, median_word_ratio
     "The tutorial's table: one row a group, medians over traces, rounded to 3 places."
@@ -526,7 +526,7 @@ def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_block
 @patch
 def _repr_html_(self: Summary) -> str: return self.per_domain().to_pandas().to_html(index=False, escape=True)
 
-# %% ../nbs/07_stats.ipynb #a8fa1677
+# %% ../nbs/07_stats.ipynb #c518cf8a
 class Published(NamedTuple):
     "One published figure."
     statistic: str # what it is, in words
@@ -547,7 +547,7 @@ PAPER = [ # published statistics of OpenMementos, with the definitions that fit 
 ]
 PAPER_ROWS = dict(math=123_333, science=61_485, code=43_739) # rows of OpenMementos by domain, 228,557 in all
 
-# %% ../nbs/07_stats.ipynb #967e56aa
+# %% ../nbs/07_stats.ipynb #500b5cb8
 def compare_with_paper(
     summary: Summary, # of `summarize`, with `blocks` for the figures on single blocks
 ) -> pa.Table: # statistic, group, published, ours, ci_low, ci_high, n, metric
@@ -561,7 +561,7 @@ def compare_with_paper(
         rows.append(dict(statistic=p.statistic, group=p.group, published=published, ours=r.get("median"), ci_low=r.get("ci_low"), ci_high=r.get("ci_high"), n=r.get("n"), metric=f"{p.metric} ({p.level})"))
     return pa.Table.from_pylist(rows)
 
-# %% ../nbs/07_stats.ipynb #99e83cdb
+# %% ../nbs/07_stats.ipynb #d44de86a
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#888888") # Paul Tol's "bright", told apart by colour-blind readers
 
 def _label(name: str) -> str:
@@ -592,7 +592,7 @@ def _log(ax: Axes, *which: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
         axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/07_stats.ipynb #025d4c4d
+# %% ../nbs/07_stats.ipynb #26099422
 def plot_block_counts(
     table: pa.Table, # of `trace_table`
 ) -> Figure: # bars side by side, one colour a domain
@@ -607,7 +607,7 @@ def plot_block_counts(
     if groups: ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/07_stats.ipynb #029da871
+# %% ../nbs/07_stats.ipynb #328b09ab
 def plot_sizes(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # box plots on a logarithmic axis; whiskers at the 5th and 95th percentile
@@ -624,7 +624,7 @@ def plot_sizes(
         ax.set_xticks(range(1, len(drawn) + 1), [n for n, *_ in drawn])
     return fig
 
-# %% ../nbs/07_stats.ipynb #48840f38
+# %% ../nbs/07_stats.ipynb #ff37d78a
 def plot_ratios(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # histogram and cumulative distribution
@@ -639,7 +639,7 @@ def plot_ratios(
     for ax in (left, right): ax.legend(frameon=False, fontsize="small") if drawn else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #98c9c680
+# %% ../nbs/07_stats.ipynb #691847c6
 def plot_block_against_memento(
     blocks: pa.Table, # of `block_table`
     max_points: int = 5000, # a random sample of so many, if there are more
@@ -658,7 +658,7 @@ def plot_block_against_memento(
     ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07_stats.ipynb #42d8c295
+# %% ../nbs/07_stats.ipynb #0f55b25a
 def plot_ratio_by_position(
     blocks: pa.Table, # of `block_table`
     n_bins: int = 10, # equal parts of the trace
@@ -677,7 +677,7 @@ def plot_ratio_by_position(
     ax.legend(frameon=False, fontsize="small") if blocks.num_rows else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #f35a9e97
+# %% ../nbs/07_stats.ipynb #7bfc7e34
 def plot_all(
     table: pa.Table, # of `trace_table`
     blocks: pa.Table, # of `block_table`
