@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from importlib import import_module
-from inspect import isclass
+from inspect import getsource, isclass
 from pathlib import Path
 
 import offline
@@ -109,6 +109,16 @@ def complain(markdown, where):
             raise SystemExit(f"{where}: <{tag}> outside of code would not be shown; put it in backticks")
 
 
+def fields(cls):
+    "Signature and table of a named tuple, whose constructor says nothing."
+    found = re.findall(r"^    (\w+): ([^=#\n]+?)(?: = ([^#\n]+?))?(?:\s*# (.*))?$", getsource(cls), re.M)
+    names = [f"{n}: {t}" + f" = {d}" * bool(d) for n, t, d, _ in found if n in cls._fields]
+    plain = lambda x: x.replace("|", r"\|").replace("<", "&lt;")
+    rows = [f"| {n} | {plain(t)} | {plain(d)} | {plain(c)} |" for n, t, d, c in found if n in cls._fields]
+    table = "\n".join(["|  | Type | Default | Details |", "|---|---|---|---|", *rows])
+    return f"class {cls.__name__}(\n    " + ",\n    ".join(names) + "\n)", table
+
+
 class Api(BasicMarkdownRenderer):
     "How nbdev shows a name: its signature, its docstring and the table of its documented parameters."
     modules = {}
@@ -123,6 +133,7 @@ class Api(BasicMarkdownRenderer):
         if rows:
             for p in self.dm.dm.values(): p["docment"] = None
         signature = re.sub(rf"\b(?:__main__|{LIB}\.\w+)\.(?=\w)", "", f"{self.dm}")
+        if isclass(sym) and hasattr(sym, "_fields"): signature, rows = fields(sym)
         return "\n\n".join(filter(None, [f"### {self.nm}", f"```python\n{signature}\n```", self.docs, rows]))
 
 
