@@ -205,6 +205,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tracebook.stats._sums': ('stats.html#_sums', 'tracebook/stats.py'),
                                  'tracebook.stats._tables_of': ('stats.html#_tables_of', 'tracebook/stats.py'),
                                  'tracebook.stats._trace_columns': ('stats.html#_trace_columns', 'tracebook/stats.py'),
+                                 'tracebook.stats._turns': ('stats.html#_turns', 'tracebook/stats.py'),
                                  'tracebook.stats._with_tokens': ('stats.html#_with_tokens', 'tracebook/stats.py'),
                                  'tracebook.stats._words': ('stats.html#_words', 'tracebook/stats.py'),
                                  'tracebook.stats.block_table': ('stats.html#block_table', 'tracebook/stats.py'),

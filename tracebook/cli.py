@@ -117,7 +117,7 @@ def _write_table(table: Any, path: str) -> None:
     else: raise ValueError(f"--out {path}: the name must end in .parquet, .csv or .jsonl")
     write_whole(path, out.getvalue())
 
-# %% ../nbs/16_cli.ipynb #ce20c93b
+# %% ../nbs/16_cli.ipynb #4c3d690f
 def _stats(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.sources import load_report
@@ -131,14 +131,14 @@ def _stats(args: argparse.Namespace) -> None:
     if args.json:
         unreadable = [u._asdict() for u in report.unreadable]
         return print(json.dumps(dict(groups=domains, metrics=summary.metrics.to_pylist(), issues=issues, unreadable=unreadable), ensure_ascii=False))
-    console = Console(highlight=False)
+    console = Console(highlight=False, force_jupyter=False)
     console.print(_table(f"{len(table):,} traces, medians by {args.by}", list(domains[0]), [list(r.values()) for r in domains]))
     if issues: console.print(_table("Issues", ["group", "severity", "code", "traces", "of"], [(i["group"], i["severity"], i["code"], i["rows"], i["n"]) for i in issues]))
     else: console.print("No trace has an issue.")
     ours = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None and r["group"] != "all"]
     if ours: console.print(_table("Beside the published figures of OpenMementos", ["figure", "group", "published", "here"], [(r["statistic"], r["group"], r["published"], round(r["ours"], 3)) for r in ours]))
 
-# %% ../nbs/16_cli.ipynb #50039372
+# %% ../nbs/16_cli.ipynb #1301c308
 def _parse(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.book import render_trace
@@ -146,7 +146,7 @@ def _parse(args: argparse.Namespace) -> None:
     from tracebook.sources import write_whole
     import io
     file = io.StringIO() if args.out else sys.stdout
-    console = Console(highlight=False, file=file, width=100 if args.out else None)
+    console = Console(highlight=False, file=file, width=100 if args.out else None, force_jupyter=False)
     for i, row in enumerate(_open(args)):
         trace = parse(row["response"])
         if args.json: file.write(trace.to_json() + "\n"); continue
