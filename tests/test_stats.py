@@ -37,11 +37,12 @@ def plain(text):
     words, stripped = lambda xs: sum(len(x.split()) for x in xs), lambda xs: sum(len(x.strip()) for x in xs)
     ratios = [p.memento.size / p.block.size for p in trace.pairs if p.memento and p.block.size]
     per = lambda a, b: a / b if b else None
+    some = lambda a, b: per(a, b) if mementos else None
     return dict(dialect=trace.dialect, n_blocks=len(blocks), n_mementos=len(mementos), block_chars=stripped(blocks), summ_chars=stripped(mementos),
-        block_words=words(blocks), summ_words=words(mementos), compress_char=per(stripped(mementos), stripped(blocks)), compress_word=per(words(mementos), words(blocks)),
+        block_words=words(blocks), summ_words=words(mementos), compress_char=some(stripped(mementos), stripped(blocks)), compress_word=some(words(mementos), words(blocks)),
         chars=len(text), block_chars_raw=size["block"], summ_chars_raw=size["memento"], gap_chars=size["gap"], marker_chars=size["marker"],
         answer_chars=None if trace.answer is None else len(trace.answer), gap_share=per(size["gap"], len(text)), marker_share=per(size["marker"], len(text)),
-        trace_ratio_of_sums=per(size["memento"], size["block"]), trace_mean_of_ratios=sum(ratios) / len(ratios) if ratios else None,
+        trace_ratio_of_sums=some(size["memento"], size["block"]), trace_mean_of_ratios=sum(ratios) / len(ratios) if ratios else None,
         compression_factor=per(size["block"], size["memento"]), complete=trace.is_complete, issues=[i.code for i in trace.issues])
 
 

@@ -19,7 +19,7 @@ from . import __version__
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/16_cli.ipynb #49764368
+# %% ../nbs/16_cli.ipynb #42fe8186
 _SOURCE_HELP = """file (.jsonl, .json, .parquet, .arrow; .gz of the first two), folder, quoted pattern, text file (.txt, .md) with one response,
 a data set on the Hugging Face hub such as microsoft/OpenMementos, or - for standard input (JSON Lines or one response)"""
 
@@ -27,6 +27,10 @@ def _column_map(text: str) -> tuple[str, str]:
     name, sep, there = text.partition("=")
     if not sep or not there: raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=COLUMN, such as response=cot")
     return name, there
+
+def _table_file(text: str) -> str:
+    if Path(text).suffix not in (".parquet", ".csv", ".jsonl"): raise argparse.ArgumentTypeError(f"{text!r} must end in .parquet, .csv or .jsonl")
+    return text
 
 def _natural(text: str) -> int:
     if not text.isdigit(): raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
@@ -39,13 +43,13 @@ def _common(default: str | None) -> argparse.ArgumentParser:
     p.add_argument("--config", choices=("default", "full"), help="of a data set on the hub (default: default)")
     p.add_argument("--split", default="train", help="of a data set on the hub (default: train)")
     p.add_argument("--limit", type=_natural, metavar="N", help="at most N traces (default: all; 1000 from the hub)")
-    p.add_argument("--sample", choices=("head", "shards", "reservoir"), default="head", help="how N traces are drawn: the first, from each shard in turn, or all with the same chance (default: head)")
+    p.add_argument("--sample", choices=("head", "shards", "reservoir"), help="how N traces are drawn: the first, from each shard in turn, or all with the same chance (default: head; from the hub: shards)")
     p.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the reservoir (default: 0)")
     p.add_argument("--column-map", type=_column_map, action="append", default=[], metavar="NAME=COLUMN", help="read NAME from COLUMN, such as response=cot; may be given several times")
     p.add_argument("--json", action="store_true", help="print JSON for machines")
     return p
 
-# %% ../nbs/16_cli.ipynb #29264873
+# %% ../nbs/16_cli.ipynb #7be2bb96
 def _parser() -> argparse.ArgumentParser:
     "The whole command."
     top = argparse.ArgumentParser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
@@ -57,48 +61,60 @@ def _parser() -> argparse.ArgumentParser:
     book.add_argument("--title", default="tracebook", help="of the page (default: tracebook)")
     book.add_argument("--max-traces", type=_natural, default=200, metavar="N", help="traces in the reader; all are counted (default: 200)")
     stats = commands.add_parser("stats", parents=common, help="print statistics by domain", description="Print statistics by domain, and how many traces carry which issue.")
-    stats.add_argument("--out", metavar="FILE", help="also write one row a trace to FILE (.parquet, .csv or .jsonl)")
+    stats.add_argument("--out", type=_table_file, metavar="FILE", help="also write one row a trace to FILE (.parquet, .csv or .jsonl)")
     stats.add_argument("--by", default="domain", choices=("domain", "source", "dialect"), help="column that makes the groups (default: domain)")
     read = commands.add_parser("parse", parents=common, help="show traces one by one", description="Show traces one by one: counts, issues, each block with its memento, the answer.")
     read.add_argument("--width", type=_natural, default=220, metavar="N", help="characters of each text (default: 220)")
     read.add_argument("--out", metavar="FILE", help="write to FILE instead of the screen")
     return top
 
-# %% ../nbs/16_cli.ipynb #c292ab81
+# %% ../nbs/16_cli.ipynb #afe0e2ac
 def _one_response(raw: bytes, name: str) -> list[dict]:
     try: return [dict(response=raw.decode("utf-8"))]
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (byte 0x{raw[e.start]:02x} at byte {e.start})") from None
 
+def _stdin_rows(raw: bytes) -> Any:
+    "JSON Lines, a JSON list of rows, or one response."
+    start = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] == b"{": return BytesIO(raw)
+    try: rows = json.loads(start) if start[:1] == b"[" else None
+    except ValueError: rows = None # a response that begins with a bracket, such as [THINK]
+    if isinstance(rows, list): return [r if isinstance(r, dict) else dict(response=r) for r in rows]
+    return _one_response(raw, "standard input")
+
 def _open(args: argparse.Namespace) -> Any:
     "The rows that a call asks for."
     from tracebook.sources import _is_hub_name, load_traces, sample_traces
-    source, limit = args.source, args.limit
+    source, limit, sample = args.source, args.limit, args.sample or "head"
     if source is None: source = sample_traces()
     elif source == "-":
         raw = sys.stdin.buffer.read()
         if not raw.strip(): raise ValueError("standard input is empty")
-        source = BytesIO(raw) if raw.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" else _one_response(raw, "standard input")
+        source = _stdin_rows(raw)
     elif source.endswith((".txt", ".md")): source = _one_response(Path(source).read_bytes(), source)
-    elif limit is None and _is_hub_name(source): limit = 1000
-    return load_traces(source, args.config, args.split, limit, args.sample, args.seed, dict(args.column_map) or None)
+    elif _is_hub_name(source): limit, sample = 1000 if limit is None else limit, args.sample or "shards"
+    return load_traces(source, args.config, args.split, limit, sample, args.seed, dict(args.column_map) or None)
 
-# %% ../nbs/16_cli.ipynb #0b2dfc2f
+# %% ../nbs/16_cli.ipynb #287e0c52
 def _book(args: argparse.Namespace) -> None:
     from tracebook.book import make_book
     rows = _open(args)
     book = make_book(rows, args.out, title=args.title, max_traces=args.max_traces)
     if args.json: return print(json.dumps(book._asdict() | dict(path=str(book.path.resolve()))))
+    from tracebook.trace import _count
     shown = "all of them" if book.shown == book.traces else f"the first {book.shown:,}"
     bad = f", {book.unreadable:,} rows could not be read" if book.unreadable else ""
     print(f"{book.path.resolve()}  ({book.size / 1e6:.1f} MB)")
-    print(f"{book.traces:,} traces in {book.domains:,} {'domain' if book.domains == 1 else 'domains'}, {book.with_issues:,} with issues{bad}; {book.figures} plots; {shown} to read. Open it in a browser.")
+    domains = f" in {_count(book.domains, 'domain')}" if book.domains else ""
+    print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {_count(book.figures, 'plot')}; {shown} to read. Open it in a browser.")
 
-# %% ../nbs/16_cli.ipynb #6e9d0dfe
+# %% ../nbs/16_cli.ipynb #4dd98345
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     "A rich table; numbers to the right."
     from rich.table import Table
     from rich.text import Text
-    from tracebook.book import _number, visible
+    from tracebook.book import _number
+    from tracebook.trace import visible
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(names): table.add_column(name.replace("_", " "), justify="left" if all(isinstance(r[i], (str, type(None))) for r in rows) else "right", overflow="fold")
     for row in rows: table.add_row(*(Text(visible(x) if isinstance(x, str) else _number(x)) for x in row))
@@ -111,18 +127,16 @@ def _write_table(table: Any, path: str) -> None:
     suffix, out = Path(path).suffix, BytesIO()
     if suffix == ".parquet": pyarrow.parquet.write_table(table, out)
     elif suffix == ".jsonl": out.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in table.to_pylist()).encode())
-    elif suffix == ".csv":
+    else:
         codes = [" ".join(c) for c in table["issues"].to_pylist()]
         pyarrow.csv.write_csv(table.set_column(table.column_names.index("issues"), "issues", [codes]), out)
-    else: raise ValueError(f"--out {path}: the name must end in .parquet, .csv or .jsonl")
     write_whole(path, out.getvalue())
 
-# %% ../nbs/16_cli.ipynb #4c3d690f
+# %% ../nbs/16_cli.ipynb #754a74dd
 def _stats(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.sources import load_report
     from tracebook.stats import compare_with_paper, measure, summarize
-    if args.out and Path(args.out).suffix not in (".parquet", ".csv", ".jsonl"): raise ValueError(f"--out {args.out}: the name must end in .parquet, .csv or .jsonl")
     rows = _open(args)
     table, blocks = measure(rows)
     summary = summarize(table, args.by, blocks if args.by in blocks.column_names else None)
@@ -154,29 +168,31 @@ def _parse(args: argparse.Namespace) -> None:
         render_trace(trace, args.width, console)
     if args.out: write_whole(args.out, file.getvalue())
 
-# %% ../nbs/16_cli.ipynb #9c2f176b
+# %% ../nbs/16_cli.ipynb #aa94159f
 def _one_line(message: str) -> str:
-    from tracebook.book import visible
+    from tracebook.trace import visible
     return visible(" ".join(message.split()))
+
+def _run(args: argparse.Namespace) -> tuple[int, str | None]:
+    "Exit code, and what went wrong."
+    try:
+        dict(book=_book, stats=_stats, parse=_parse)[args.command](args)
+        sys.stdout.flush()
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nothing more can be said, at exit neither
+    except KeyboardInterrupt: return 130, None
+    except (ValueError, OSError, ImportError) as e: return 1, str(e)
+    return 0, None
 
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the process
-) -> int: # 0 done, 1 bad input, 2 wrong call
+) -> int: # 0 done, 1 bad input, 2 wrong call, 130 interrupted
     "The command `tracebook`."
     try: args = _parser().parse_args(argv)
     except SystemExit as e: return int(e.code or 0)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            dict(book=_book, stats=_stats, parse=_parse)[args.command](args)
-            sys.stdout.flush()
-        for w in caught:
-            if issubclass(w.category, UserWarning): print(f"tracebook: warning: {_one_line(str(w.message))}", file=sys.stderr)
-        return 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nothing more can be said, at exit neither
-        return 0
-    except KeyboardInterrupt: return 130
-    except (ValueError, OSError, ImportError) as e:
-        print(f"tracebook: error: {_one_line(str(e))}", file=sys.stderr)
-        return 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        code, error = _run(args)
+    for w in caught:
+        if issubclass(w.category, UserWarning): print(f"tracebook: warning: {_one_line(str(w.message))}", file=sys.stderr)
+    if error: print(f"tracebook: error: {_one_line(error)}", file=sys.stderr)
+    return code

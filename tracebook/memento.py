@@ -21,12 +21,10 @@ from .trace import DIALECTS, Dialect, Issue, Span, Trace, codes_table, register_
 __all__ = ['MEMENTO_TOKENS', 'TokenBlock', 'parse_memento_ids', 'parse_memento', 'MementoStream', 'detect_dialect', 'parse',
            'build_memento']
 
-# %% ../nbs/01_memento.ipynb #77167db9
-MEMENTO_TOKENS = ("<think>", "</think>", "<|block_start|>", "<|block_end|>", "<|summary_start|>", "<|summary_end|>") # the six markers of Memento
+# %% ../nbs/01_memento.ipynb #88f39ec6
+MEMENTO_TOKENS = tuple(DIALECTS["memento"].roles) # the six markers of Memento
 
-DIALECTS["memento"] = Dialect("memento", *(MEMENTO_TOKENS[i:i + 2] for i in (0, 2, 4)))
-
-# %% ../nbs/01_memento.ipynb #4c153d91
+# %% ../nbs/01_memento.ipynb #70cacd91
 _TAGS = ("think", "thinking", "reason", "reasoning", "thought", "seed:think", "mm:think")
 for _tag in _TAGS: DIALECTS[_tag] = Dialect(_tag, think=(f"<{_tag}>", f"</{_tag}>"))
 DIALECTS["THINK"] = Dialect("THINK", think=("[THINK]", "[/THINK]"))
@@ -35,7 +33,7 @@ DIALECTS["openthoughts"] = Dialect("openthoughts", think=("<|begin_of_thought|>"
     answer=("<|begin_of_solution|>", "<|end_of_solution|>"))
 DIALECTS["text"] = Dialect("text")
 
-# %% ../nbs/01_memento.ipynb #0d1a59b9
+# %% ../nbs/01_memento.ipynb #eff1e6ce
 register_codes("trace", "error", {
     "truncated_block": "A block is opened and never closed; the reasoning or the text ends inside it.",
     "truncated_summary": "A memento is opened and never closed; the reasoning or the text ends inside it.",
@@ -47,7 +45,7 @@ register_codes("trace", "info", {
     "marker_in_fence": "A block ends at a marker inside a code fence that is still open; it counts as a marker all the same.",
 })
 
-# %% ../nbs/01_memento.ipynb #04c8eaf1
+# %% ../nbs/01_memento.ipynb #bbbe5a1f
 register_codes("trace", "warn", {
     "block_reopened": "A block starts while another is open; the first one ends there, incomplete.",
     "summary_reopened": "A memento starts while another is open; the first one ends there, incomplete.",
@@ -72,7 +70,7 @@ register_codes("trace", "warn", {
     "unclosed_answer": "The marked answer is never closed.",
 })
 
-# %% ../nbs/01_memento.ipynb #32a7bb2d
+# %% ../nbs/01_memento.ipynb #e070fa24
 _LETTERS = dict(think_start="T", think_end="t", block_start="B", block_end="b", summary_start="S", summary_end="s")
 
 class _Scanner(NamedTuple):
@@ -94,13 +92,13 @@ def _scanner(name: str, relaxed: bool = False, fences: bool = False) -> _Scanner
     prefixes = frozenset(m[:k] for m in letters for k in range(1, len(m)))
     return _Scanner(re.compile(f"({markers})", re.MULTILINE), letters, prefixes, first, max(map(len, letters), default=0))
 
-# %% ../nbs/01_memento.ipynb #89e05b7f
+# %% ../nbs/01_memento.ipynb #c365e86c
 def _partial(text: str, scan: _Scanner, least: int = 1) -> int:
     "Length of the beginning of a marker at the end of a text; 0 if it is shorter than `least`."
     at = text.rfind(scan.first, max(len(text) - scan.longest, 0))
     return len(text) - at if at >= 0 and text[at:] in scan.prefixes and len(text) - at >= least else 0
 
-# %% ../nbs/01_memento.ipynb #80722a35
+# %% ../nbs/01_memento.ipynb #ee505bfe
 _STEPS = { # state: {letter: (kind of the text before the marker, complete, issue, next state)}
     "pre": {"T": ("prefix", True, None, "in"), "b": (None, True, "stray_block_end", ""), "s": (None, True, "stray_summary_end", "")},
     "in": {"B": ("gap", True, None, "block"), "S": ("gap", True, None, "memento"), "t": ("gap", True, None, "out"),
@@ -112,7 +110,7 @@ _STEPS = { # state: {letter: (kind of the text before the marker, complete, issu
     "out": {"t": (None, True, "stray_think_close", ""), **{c: (None, True, "marker_in_answer", "") for c in "BbSs"}},
 }
 
-# %% ../nbs/01_memento.ipynb #fed3296c
+# %% ../nbs/01_memento.ipynb #433c9b41
 class _Reader:
     "Events in, spans out: the flat state machine, which can stop at any event and go on later."
     def __init__(self, assume_thinking: bool = False):
@@ -129,7 +127,7 @@ class _Reader:
         while self.other < len(events) and events[self.other][0] == "t": self.other += 1
         return events[self.other][0] if self.other < len(events) else None
 
-# %% ../nbs/01_memento.ipynb #936b4eb7
+# %% ../nbs/01_memento.ipynb #26e5f9e9
 @patch
 def closes_after(self: _Reader, i: int) -> bool:
     "Whether any event after `i` closes thinking."
@@ -138,7 +136,7 @@ def closes_after(self: _Reader, i: int) -> bool:
     self.seen = n
     return self.last_close > i
 
-# %% ../nbs/01_memento.ipynb #34ea22ae
+# %% ../nbs/01_memento.ipynb #a2c96c9f
 @patch
 def decide(self: _Reader, i: int, final: bool) -> tuple | None:
     "The step for an event that the table leaves open; None: wait for more text."
@@ -156,7 +154,7 @@ def decide(self: _Reader, i: int, final: bool) -> tuple | None:
     if following is None and not final: return None
     return (None, True, quoted, "") if following == closer else (kind, False, cut, "out")
 
-# %% ../nbs/01_memento.ipynb #be265419
+# %% ../nbs/01_memento.ipynb #407e8d48
 @patch
 def run(self: _Reader, final: bool) -> None:
     "Read the events as far as they can be decided; all of them if no more will come."
@@ -174,7 +172,7 @@ def run(self: _Reader, final: bool) -> None:
         if letter == "T": self.opened = start
         self.pos, self.state, steps = end, state, _STEPS[state]
 
-# %% ../nbs/01_memento.ipynb #c406d8ff
+# %% ../nbs/01_memento.ipynb #c432a635
 @patch
 def finish(self: _Reader, size: int) -> None:
     "Close what is open at the end of a text of `size` characters."
@@ -186,7 +184,7 @@ def finish(self: _Reader, size: int) -> None:
         self.found.append(("unclosed_think", self.opened, size))
     if size > self.pos or kind in ("block", "memento") or state == "out": self.spans.append(Span(kind, self.pos, size, kind == "answer"))
 
-# %% ../nbs/01_memento.ipynb #e9edf81e
+# %% ../nbs/01_memento.ipynb #958453aa
 def _pair_up(spans: Iterable[Span], pairing: str) -> tuple[list[list], list[Span]]:
     "[block, memento or None] in order, and the mementos that found no block."
     links, free, orphans = [], [], []
@@ -200,7 +198,7 @@ def _pair_up(spans: Iterable[Span], pairing: str) -> tuple[list[list], list[Span
             else: orphans.append(span)
     return links, orphans
 
-# %% ../nbs/01_memento.ipynb #e0883f31
+# %% ../nbs/01_memento.ipynb #6225a1b5
 class _Serving:
     "The block machine of the serving engine: microsoft/memento, vllm/vllm/v1/core/block_masking."
     def __init__(self, pairing: str):
@@ -221,7 +219,7 @@ class _Serving:
         heappush(self.free, -self.open.pop())
         return True
 
-# %% ../nbs/01_memento.ipynb #7473f6b5
+# %% ../nbs/01_memento.ipynb #fa1ccf9b
 @patch
 def S(self: _Serving, at: int) -> bool:
     "Start a summary of the latest free block; False if there is none."
@@ -237,7 +235,7 @@ def s(self: _Serving, at: int) -> bool:
     self.blocks[self.current][3], self.current = at, None
     return True
 
-# %% ../nbs/01_memento.ipynb #cc83496d
+# %% ../nbs/01_memento.ipynb #1e411b78
 class TokenBlock(NamedTuple):
     "Positions of the four markers of a block in a sequence of tokens; None where one is absent."
     block_start: int # position of <|block_start|>
@@ -255,7 +253,7 @@ def _marker_ids(token_ids: Mapping[str, int]) -> dict[int, str]:
     if len(out) != sum(i is not None for i in token_ids.values()): raise ValueError("token_ids gives one id to two roles")
     return out
 
-# %% ../nbs/01_memento.ipynb #76184a2d
+# %% ../nbs/01_memento.ipynb #d51f56da
 def parse_memento_ids(
     ids: Sequence[int], # token ids of the whole sequence: list, numpy array or 1-D tensor
     token_ids: Mapping[str, int], # ids of block_start, block_end, summary_start, summary_end; think_start and think_end if there are any
@@ -273,14 +271,14 @@ def parse_memento_ids(
         elif thinking: getattr(machine, letter)(int(at))
     return [TokenBlock(*b) for b in machine.blocks]
 
-# %% ../nbs/01_memento.ipynb #b6b75c06
+# %% ../nbs/01_memento.ipynb #34c75ad3
 _CHOICES = dict(pairing=("adjacent", "vllm"), nesting=("flat", "stack"), fences=("marker", "literal"))
 
 def _check(**options) -> None:
     for name, value in options.items():
         if value not in _CHOICES[name]: raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(_CHOICES[name])}")
 
-# %% ../nbs/01_memento.ipynb #3c19d82f
+# %% ../nbs/01_memento.ipynb #74cc9f63
 class _StackReader(_Reader):
     "The reader with nested blocks: inside the reasoning, markers go to the serving machine."
     def __init__(self, pairing: str, assume_thinking: bool = False):
@@ -293,7 +291,7 @@ class _StackReader(_Reader):
         if self.depth is not None and len(self.machine.open) <= self.depth: return "memento"
         return "block" if self.machine.open else "gap"
 
-# %% ../nbs/01_memento.ipynb #c79ee865
+# %% ../nbs/01_memento.ipynb #20c6eae3
 @patch
 def inside(self: _StackReader, i: int, final: bool) -> bool | None:
     "Hand one event to the machine; whether it is structure, or None: wait."
@@ -318,7 +316,7 @@ def inside(self: _StackReader, i: int, final: bool) -> bool | None:
     else: note(("stray_summary_end", start, end))
     return False
 
-# %% ../nbs/01_memento.ipynb #00edafe6
+# %% ../nbs/01_memento.ipynb #4156ebfe
 @patch
 def start_summary(self: _StackReader, start: int, end: int) -> bool:
     "A summary that finds a block abandons an open one; one that finds none is text, or an orphan where nothing is open."
@@ -342,7 +340,7 @@ def abandon(self: _StackReader, code: str, start: int, end: int) -> None:
     self.found.append((code, start, end))
     self.machine.current = self.depth = None
 
-# %% ../nbs/01_memento.ipynb #6fcbacdd
+# %% ../nbs/01_memento.ipynb #9ad4024d
 @patch
 def close_thinking(self: _StackReader, i: int, final: bool) -> bool | None:
     "A closing tag: a quotation if the innermost thing goes on after it, else the end of everything open."
@@ -365,7 +363,7 @@ def cut_open(self: _StackReader, start: int, end: int) -> None:
     self.found += [("truncated_block", start, end)] * len(self.machine.open)
     self.machine.open.clear()
 
-# %% ../nbs/01_memento.ipynb #200df150
+# %% ../nbs/01_memento.ipynb #c44f172f
 @patch
 def run(self: _StackReader, final: bool) -> None:
     "Like the flat loop, with the inside of the reasoning left to `inside`."
@@ -392,7 +390,7 @@ def emit(self: _StackReader, kind: str, letter: str, start: int, end: int) -> No
     if letter == "T": self.opened = start
     self.pos = end
 
-# %% ../nbs/01_memento.ipynb #f5f48492
+# %% ../nbs/01_memento.ipynb #5ec8e905
 @patch
 def finish(self: _StackReader, size: int) -> None:
     "Close what is open at the end, and collect the pairs with their whole extent."
@@ -405,7 +403,7 @@ def finish(self: _StackReader, size: int) -> None:
     whole = lambda what, i, start, end: Span(what, start, self.cut[what, i] if end is None else end, end is not None)
     self.links = [(whole("block", i, b, e), None if s is None else whole("memento", i, s, t)) for i, (b, e, s, t) in enumerate(blocks)]
 
-# %% ../nbs/01_memento.ipynb #5938a730
+# %% ../nbs/01_memento.ipynb #b3ae157d
 def _look_inside(text: str, contents: Iterable[Span], note) -> None:
     "Note empty blocks and mementos, and blocks that end inside a code fence."
     fenced = "`" in text # one character is found many times faster than three
@@ -414,7 +412,7 @@ def _look_inside(text: str, contents: Iterable[Span], note) -> None:
         if start == end or text[start].isspace() and text[start:end].isspace(): note(("empty_block" if kind == "block" else "empty_summary", start, end))
         if fenced and kind == "block" and text.find("`", start, end) >= 0 and text.count("```", start, end) % 2: note(("marker_in_fence", end, end))
 
-# %% ../nbs/01_memento.ipynb #16f4a652
+# %% ../nbs/01_memento.ipynb #2050bad9
 def _note_pairs(links: Iterable, orphans: Iterable[Span], reopened: list[int], note) -> None:
     "Note blocks and mementos that are alone, and pairs torn apart by the end of a section."
     for block, memento in links:
@@ -434,7 +432,7 @@ def _split_answer(text: str, spans: list[Span], marks: tuple[str, str], note) ->
     after = stop + len(marks[1])
     spans += [Span("marker", stop, after)] + ([Span("gap", after, end)] if end > after else [])
 
-# %% ../nbs/01_memento.ipynb #c2e8a0bb
+# %% ../nbs/01_memento.ipynb #e417d9ed
 class _Options(NamedTuple):
     "How to read; the keyword arguments of `parse_memento`."
     pairing: str = "adjacent"
@@ -454,7 +452,7 @@ class _Options(NamedTuple):
 
     def scanner(self) -> _Scanner: return _scanner(self.dialect, self.relaxed, self.fences == "literal")
 
-# %% ../nbs/01_memento.ipynb #999c7c99
+# %% ../nbs/01_memento.ipynb #ba7609c1
 def _finished(text: str, spans: list[Span], contents: Iterable[Span], found: list, links, scan: _Scanner, options: _Options) -> Trace:
     "The trace, with the issues that need the text itself."
     _look_inside(text, contents, found.append)
@@ -471,11 +469,12 @@ def _assemble(text: str, reader: _Reader, scan: _Scanner, options: _Options) -> 
     else: orphans = [Span("memento", a, len(text) if b is None else b, c) for a, b, c in reader.orphans]
     _note_pairs(links, orphans, reader.reopened, found.append)
     if options.expect_memento and reader.events and all(e[0] in "Tt" for e in reader.events): found.append(("markers_stripped", 0, 0))
-    contents = [s for link in links for s in link if s] + orphans
+    leaves = set(spans) # of nested blocks only the innermost are looked into, so that no text is looked at twice
+    contents = [s for link in links for s in link if s in leaves] + orphans
     special = (options.pairing, options.nesting) != ("adjacent", "flat")
     return _finished(text, spans, contents, found, tuple(map(tuple, links)) if special else None, scan, options)
 
-# %% ../nbs/01_memento.ipynb #d9e04be7
+# %% ../nbs/01_memento.ipynb #6bcded27
 class _Fences:
     "Drops the events inside closed code fences."
     def __init__(self): self.open, self.limbo = None, []
@@ -489,7 +488,7 @@ class _Fences:
         if final: out, self.limbo = out + self.limbo, []
         return out
 
-# %% ../nbs/01_memento.ipynb #589746db
+# %% ../nbs/01_memento.ipynb #20ad7aba
 def _events(text: str, scan: _Scanner, options: _Options, note, start: int = 0, stop: int | None = None, base: int = 0) -> list[tuple]:
     "Events of `text[start:stop]`, with offsets counted from `base`."
     letters, matches = scan.letters, scan.pattern.finditer(text, start, len(text) if stop is None else stop)
@@ -504,7 +503,7 @@ def _events(text: str, scan: _Scanner, options: _Options, note, start: int = 0, 
         else: out.append(("F", at, end, found.lstrip(), not re.match(r"[\w`~]", text[m.end():m.end() + 1])))
     return out
 
-# %% ../nbs/01_memento.ipynb #d54d7b1a
+# %% ../nbs/01_memento.ipynb #8333d6dd
 _REGULAR = re.compile("T(?:BbSs)*t")
 _KEPT = ("marker", "block", "memento", "answer") # kinds that have a span even where they are empty
 
@@ -519,7 +518,7 @@ def _regular(letters: list[str], at: list[int]) -> list[Span] | None:
     new, fields = tuple.__new__, zip(_kinds(len(letters) // 4), at, at[1:], repeat(True))
     return [new(Span, x) for x in fields if x[1] < x[2] or x[0] in _KEPT]
 
-# %% ../nbs/01_memento.ipynb #c306ee2f
+# %% ../nbs/01_memento.ipynb #ca51c8b7
 def _read(text: str, options: _Options) -> Trace:
     if not isinstance(text, str): raise TypeError(f"a trace is read from a str, got {type(text).__name__}")
     scan, early = options.scanner(), []
@@ -535,11 +534,11 @@ def _read(text: str, options: _Options) -> Trace:
     reader.run(True)
     return _assemble(text, reader, scan, options)
 
-# %% ../nbs/01_memento.ipynb #41d97c99
+# %% ../nbs/01_memento.ipynb #8f703089
 def parse_memento(
     response: str, # what the model wrote, markers included
     *,
-    pairing: str = "adjacent", # "adjacent": a memento takes the last block before it; "vllm": the nearest closed block without one
+    pairing: str = "adjacent", # "adjacent": a memento takes the last block before it; "vllm": the closed block without one that was opened last
     nesting: str = "flat", # "flat": a block ends where another starts; "stack": it nests, as in the serving engine
     fences: str = "marker", # "literal": markers inside closed code fences are text
     relaxed: bool = False, # also accept `<THINK>`, `<think >`, `<think key="value">`
@@ -549,14 +548,16 @@ def parse_memento(
     "Read blocks and mementos (grammar: microsoft/memento, README and paper section 3); any text can be read."
     return _read(response, _Options(pairing, nesting, fences, relaxed, assume_thinking, expect_memento))
 
-# %% ../nbs/01_memento.ipynb #99f566ea
+# %% ../nbs/01_memento.ipynb #912d3621
 _PARTIAL_TAG = re.compile(r"(?i)<(?:/?(?:t(?:h(?:i(?:n(?:k(?:\s[^<>]{0,200})?)?)?)?)?)?)?\Z")
 _PARTIAL_FENCE = re.compile(r"^ {0,3}[`~]*\Z", re.MULTILINE)
 
 class MementoStream:
-    "A parser that is fed in chunks; takes the keyword arguments of `parse_memento`."
-    def __init__(self, *, pairing="adjacent", nesting="flat", fences="marker", relaxed=False, assume_thinking=False, expect_memento=False):
-        self._options = _Options(pairing, nesting, fences, relaxed, assume_thinking, expect_memento)
+    "A parser that is fed in chunks; takes the options of `parse_memento`."
+    def __init__(self,
+        **options, # those of `parse_memento`, and `dialect`, a key of `DIALECTS`
+    ):
+        self._options = _Options(**options)
         self._scan, self._reader, self._fences = self._options.scanner(), self._options.reader(), _Fences()
         self._chunks, self._buffer, self._base, self._from, self._closed = [], "", 0, 0, False # buffer: text from offset base on, to be scanned from index _from
 
@@ -565,7 +566,7 @@ class MementoStream:
         "All text so far."
         return "".join(self._chunks)
 
-# %% ../nbs/01_memento.ipynb #33d59ad6
+# %% ../nbs/01_memento.ipynb #cd22df4a
 @patch
 def _held_from(self: MementoStream) -> int:
     "Index in the buffer from which on nothing can be decided yet."
@@ -584,7 +585,7 @@ def _advance(self: MementoStream, final: bool) -> list[Span]:
     reader.run(final)
     return reader.spans[done:]
 
-# %% ../nbs/01_memento.ipynb #6bed1f2a
+# %% ../nbs/01_memento.ipynb #cd27131f
 @patch
 def feed(self: MementoStream,
     chunk: str, # the next piece of text, of any size
@@ -603,7 +604,7 @@ def close(self: MementoStream) -> Trace: # equal to `parse_memento` of the whole
     self._advance(True)
     return _assemble(self.text, self._reader, self._scan, self._options)
 
-# %% ../nbs/01_memento.ipynb #8f8d3289
+# %% ../nbs/01_memento.ipynb #7e79bcb6
 @patch(as_prop=True)
 def pending(self: MementoStream) -> Span | None: # None if nothing is open
     "The undecided rest of the text, provisional."
@@ -612,7 +613,7 @@ def pending(self: MementoStream) -> Span | None: # None if nothing is open
     if isinstance(reader, _StackReader) and reader.state == "in": kind = reader.leaf
     return Span(kind, reader.pos, size, False) if size > reader.pos else None
 
-# %% ../nbs/01_memento.ipynb #21ca9ec5
+# %% ../nbs/01_memento.ipynb #964cd067
 @cache
 def _any_tag() -> tuple[re.Pattern, dict[str, str]]:
     owner = {m: name for name, d in DIALECTS.items() if d.think and name != "memento" for m in (*d.think, *(d.answer or ()))}
@@ -640,7 +641,7 @@ def parse(
     if name == "text" and options.get("assume_thinking"): name = "think"
     return _read(text, _Options(**options, dialect=name))
 
-# %% ../nbs/01_memento.ipynb #a23e3663
+# %% ../nbs/01_memento.ipynb #633d663b
 def build_memento(
     pairs: Iterable[tuple[str, str | None]], # (block, memento); None: a block without one
     answer: str | None = "", # text after the reasoning; None: leave the reasoning open
