@@ -96,7 +96,7 @@ def _pair_part(trace: Trace, pair: Pair, ident: str, cut: list[int]) -> dict:
         block_characters=len(block), memento_characters=len(memento or ""), block_words=len(block.split()), memento_words=len((memento or "").split()),
         ratio=_pair_ratio(pair), complete=pair.block.complete, memento_complete=pair.memento is None or pair.memento.complete)
 
-# %% ../nbs/15_book.ipynb #05b33255
+# %% ../nbs/15_book.ipynb #9361df46
 def _parts(trace: Trace, ident: str, cut: list[int]) -> Iterator[dict]:
     "The parts of a trace in the order of the text."
     owned, spans, inside = {p.memento for p in trace.pairs}, [s for s in trace.spans if s.kind not in ("block", "marker")], _inside(trace.sections)
@@ -107,13 +107,14 @@ def _parts(trace: Trace, ident: str, cut: list[int]) -> Iterator[dict]:
         kind = "reasoning" if item.kind == "gap" and not trace.pairs and inside(item) else item.kind
         if text.strip() or kind in ("answer", "memento"): yield dict(kind=kind, text=_shown(text, cut), characters=len(text))
 
+# %% ../nbs/15_book.ipynb #a326ef44
 def _accounts(trace: Trace) -> list[dict]:
     "Characters by kind of span: together, all there are."
     sizes = Counter({k: 0 for k in ("block", "memento", "marker", "gap", "prefix", "answer")})
     for s in trace.spans: sizes[s.kind] += s.size
     return [dict(kind=k, characters=n, share=n / len(trace.text) if trace.text else 0.0) for k, n in sizes.items()]
 
-# %% ../nbs/15_book.ipynb #85c23a4b
+# %% ../nbs/15_book.ipynb #35b32cfd
 def _trace_item(row: dict, index: int) -> dict:
     "Everything that the page shows of one row."
     trace, ident, cut = parse(row["response"]), f"t-{index}", []
@@ -131,7 +132,7 @@ def _trace_item(row: dict, index: int) -> dict:
         ratio=f"{sizes[0] / sizes[1]:.2f}" if sizes[1] else "–", complete=trace.is_complete, issues=[i._asdict() | dict(message=visible(i.message)) for i in trace.issues[:_MAX_PARTS]],
         accounts=_accounts(trace), note=" ".join(notes) or None, parts=parts, answer_missing=trace.answer is None)
 
-# %% ../nbs/15_book.ipynb #c642706c
+# %% ../nbs/15_book.ipynb #5bb51d90
 def _health(table: pa.Table, blocks: pa.Table, report: LoadReport) -> dict:
     "The numbers of the overview."
     per_trace = table["issues"].to_pylist()
@@ -143,7 +144,7 @@ def _health(table: pa.Table, blocks: pa.Table, report: LoadReport) -> dict:
         unreadable=len(report.unreadable), characters=total("chars"), pairs=blocks["summ_chars"].length() - blocks["summ_chars"].null_count,
         blocks=len(blocks), mementos=total("n_mementos"), codes=codes)
 
-# %% ../nbs/15_book.ipynb #6d7cd6a0
+# %% ../nbs/15_book.ipynb #48b2b31c
 def _number(x: float | None) -> str:
     "Three significant digits below 100, whole numbers above; a dash for None."
     return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
@@ -155,7 +156,7 @@ def _stat(summary: Summary, group: str, metric: str, level: str, show: str = "iq
     low, high = (r["q25"], r["q75"]) if show == "iqr" else (r["ci_low"], r["ci_high"])
     return _number(r["median"]) + ("" if low is None else f"\n{_number(low)} to {_number(high)}")
 
-# %% ../nbs/15_book.ipynb #7fe5aa11
+# %% ../nbs/15_book.ipynb #edaf4e8b
 _DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands below
     ("blocks", "Blocks", "median over traces, quartiles below", "n_blocks", "trace", "iqr"),
     ("block", "Block, characters", "median over blocks, quartiles below", "block_chars_raw", "block", "iqr"),
@@ -165,6 +166,7 @@ _DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands below
     ("words", "Ratio in words", "compress_word: all mementos / all blocks of a trace in words, median over traces, 95 % interval below", "compress_word", "trace", "ci"),
 ]
 
+# %% ../nbs/15_book.ipynb #c8f0f51c
 def _domain_table(summary: Summary, table: pa.Table) -> dict:
     "The per-domain table as the page wants it."
     flagged = Counter(d or "(none)" for d, codes in zip(table[summary.by].to_pylist(), table["issues"].to_pylist()) if codes)
@@ -176,7 +178,7 @@ def _domain_table(summary: Summary, table: pa.Table) -> dict:
     caption = "A ratio is memento divided by block. Sizes have their quartiles below them, ratios the 95 % bootstrap interval of the median; a dash is undefined."
     return dict(columns=columns, rows=rows[:40] + rows[40:][-1:], caption=caption + (f" The {len(rows) - 41:,} smallest domains are left out of this table." if len(rows) > 41 else ""))
 
-# %% ../nbs/15_book.ipynb #e72ec6c4
+# %% ../nbs/15_book.ipynb #c953f16f
 def _paper_table(summary: Summary) -> dict | None:
     "Our figures beside the published ones; None if the corpus has none of their domains."
     rows = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None]
@@ -187,7 +189,7 @@ def _paper_table(summary: Summary) -> dict | None:
     return dict(columns=[dict(key=k, label=l, help="", numeric=n) for k, l, n in columns], rows=shown,
         caption=f"Figures that the card and the paper of microsoft/OpenMementos publish for {sum(PAPER_ROWS.values()):,} traces, and those of this corpus, with their 95 % bootstrap intervals below.")
 
-# %% ../nbs/15_book.ipynb #528f3d30
+# %% ../nbs/15_book.ipynb #64f01150
 _INK = "#010203" # a colour that no plot uses
 _SVG_STYLE = {k: _INK for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")} | {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
@@ -199,6 +201,7 @@ def _svg(fig: Figure) -> Markup:
     text = out.getvalue()
     return Markup(text[text.index("<svg"):].replace(_INK, "currentColor").replace("<svg ", '<svg preserveAspectRatio="xMidYMid meet" ', 1))
 
+# %% ../nbs/15_book.ipynb #123d1f03
 def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
     "All plots of a corpus for the page."
     out = []
@@ -209,7 +212,7 @@ def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
             out.append(dict(id=name, title=title, caption=caption, alt=f"{title}. {caption}", svg=svg))
     return out
 
-# %% ../nbs/15_book.ipynb #c2708b1f
+# %% ../nbs/15_book.ipynb #d245b0c0
 class Book(NamedTuple):
     "A book that was made."
     path: Path # where it lies
@@ -221,13 +224,14 @@ class Book(NamedTuple):
     figures: int # plots
     size: int # bytes
 
+# %% ../nbs/15_book.ipynb #1b2dd03d
 def _choose(rows: Dataset, max_traces: int, max_chars: int, sizes: list[int]) -> int:
     "How many rows go into the reader."
     n, total = 0, 0
     while n < min(len(rows), max_traces) and (n == 0 or total + sizes[n] <= max_chars): total += min(sizes[n], max_chars); n += 1
     return n
 
-# %% ../nbs/15_book.ipynb #d64b26ff
+# %% ../nbs/15_book.ipynb #254669f7
 def _as_dataset(rows: Any) -> tuple[Dataset, LoadReport]:
     "Rows that can be gone through twice, and the report of how they were read."
     if not hasattr(rows, "_load_report"): rows = load_traces(rows)
@@ -240,7 +244,7 @@ def _environment() -> Environment:
     env.filters["n"] = lambda x: f"{x:,}"
     return env
 
-# %% ../nbs/15_book.ipynb #5a3b530e
+# %% ../nbs/15_book.ipynb #e8733e3d
 def make_book(
     rows: Any, # what `load_traces` returns or takes
     path: str | Path = "tracebook.html", # where the file shall lie

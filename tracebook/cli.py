@@ -19,7 +19,7 @@ from . import __version__
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/16_cli.ipynb #42fe8186
+# %% ../nbs/16_cli.ipynb #0948371a
 _SOURCE_HELP = """file (.jsonl, .json, .parquet, .arrow; .gz of the first two), folder, quoted pattern, text file (.txt, .md) with one response,
 a data set on the Hugging Face hub such as microsoft/OpenMementos, or - for standard input (JSON Lines or one response)"""
 
@@ -36,6 +36,7 @@ def _natural(text: str) -> int:
     if not text.isdigit(): raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
+# %% ../nbs/16_cli.ipynb #c24c1926
 def _common(default: str | None) -> argparse.ArgumentParser:
     "Arguments of every command."
     p = argparse.ArgumentParser(add_help=False)
@@ -49,7 +50,7 @@ def _common(default: str | None) -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print JSON for machines")
     return p
 
-# %% ../nbs/16_cli.ipynb #7be2bb96
+# %% ../nbs/16_cli.ipynb #e25a67b2
 def _parser() -> argparse.ArgumentParser:
     "The whole command."
     top = argparse.ArgumentParser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--out", metavar="FILE", help="write to FILE instead of the screen")
     return top
 
-# %% ../nbs/16_cli.ipynb #afe0e2ac
+# %% ../nbs/16_cli.ipynb #25581c6e
 def _one_response(raw: bytes, name: str) -> list[dict]:
     try: return [dict(response=raw.decode("utf-8"))]
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (byte 0x{raw[e.start]:02x} at byte {e.start})") from None
@@ -82,6 +83,7 @@ def _stdin_rows(raw: bytes) -> Any:
     if isinstance(rows, list): return [r if isinstance(r, dict) else dict(response=r) for r in rows]
     return _one_response(raw, "standard input")
 
+# %% ../nbs/16_cli.ipynb #6266744a
 def _open(args: argparse.Namespace) -> Any:
     "The rows that a call asks for."
     from tracebook.sources import _is_hub_name, load_traces, sample_traces
@@ -95,7 +97,7 @@ def _open(args: argparse.Namespace) -> Any:
     elif _is_hub_name(source): limit, sample = 1000 if limit is None else limit, args.sample or "shards"
     return load_traces(source, args.config, args.split, limit, sample, args.seed, dict(args.column_map) or None)
 
-# %% ../nbs/16_cli.ipynb #287e0c52
+# %% ../nbs/16_cli.ipynb #fac502f8
 def _book(args: argparse.Namespace) -> None:
     from tracebook.book import make_book
     rows = _open(args)
@@ -108,7 +110,7 @@ def _book(args: argparse.Namespace) -> None:
     domains = f" in {_count(book.domains, 'domain')}" if book.domains else ""
     print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {_count(book.figures, 'plot')}; {shown} to read. Open it in a browser.")
 
-# %% ../nbs/16_cli.ipynb #4dd98345
+# %% ../nbs/16_cli.ipynb #117c6b78
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     "A rich table; numbers to the right."
     from rich.table import Table
@@ -120,6 +122,7 @@ def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     for row in rows: table.add_row(*(Text(visible(x) if isinstance(x, str) else _number(x)) for x in row))
     return table
 
+# %% ../nbs/16_cli.ipynb #669fc667
 def _write_table(table: Any, path: str) -> None:
     "One row a trace, in the format that the name asks for."
     from tracebook.sources import write_whole
@@ -132,7 +135,7 @@ def _write_table(table: Any, path: str) -> None:
         pyarrow.csv.write_csv(table.set_column(table.column_names.index("issues"), "issues", [codes]), out)
     write_whole(path, out.getvalue())
 
-# %% ../nbs/16_cli.ipynb #754a74dd
+# %% ../nbs/16_cli.ipynb #38a4eaeb
 def _stats(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.sources import load_report
@@ -152,7 +155,7 @@ def _stats(args: argparse.Namespace) -> None:
     ours = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None and r["group"] != "all"]
     if ours: console.print(_table("Beside the published figures of OpenMementos", ["figure", "group", "published", "here"], [(r["statistic"], r["group"], r["published"], round(r["ours"], 3)) for r in ours]))
 
-# %% ../nbs/16_cli.ipynb #1301c308
+# %% ../nbs/16_cli.ipynb #981a01fb
 def _parse(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.book import render_trace
@@ -168,7 +171,7 @@ def _parse(args: argparse.Namespace) -> None:
         render_trace(trace, args.width, console)
     if args.out: write_whole(args.out, file.getvalue())
 
-# %% ../nbs/16_cli.ipynb #aa94159f
+# %% ../nbs/16_cli.ipynb #d5ed4959
 def _one_line(message: str) -> str:
     from tracebook.trace import visible
     return visible(" ".join(message.split()))
@@ -183,6 +186,7 @@ def _run(args: argparse.Namespace) -> tuple[int, str | None]:
     except (ValueError, OSError, ImportError) as e: return 1, str(e)
     return 0, None
 
+# %% ../nbs/16_cli.ipynb #68383e32
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the process
 ) -> int: # 0 done, 1 bad input, 2 wrong call, 130 interrupted

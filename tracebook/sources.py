@@ -147,7 +147,7 @@ def check_arithmetic(
     found = list(_EQUATION.finditer(text))
     return len(found), [m[0] for m in found if m[2] == "mod" and not int(m[3]) or _OPERATIONS[m[2]](int(m[1]), int(m[3])) != int(m[4])]
 
-# %% ../nbs/02_sources.ipynb #b9fc55fb
+# %% ../nbs/02_sources.ipynb #d3fa0c64
 register_codes("file", "error", {
     "empty_file": "The file is empty.",
     "json_truncated": "JSON breaks off before its end.",
@@ -159,6 +159,7 @@ register_codes("file", "error", {
     "lone_surrogate": "The text holds half of a surrogate pair, which UTF-8 cannot carry.",
 })
 
+# %% ../nbs/02_sources.ipynb #7b3f07f3
 class Unreadable(NamedTuple):
     "A row that could not be read."
     where: str # file and line, or row number
@@ -169,7 +170,7 @@ class BadRow(ValueError):
     "Raised where a row cannot be read; carries the code of the reason."
     def __init__(self, code: str, reason: str): super().__init__(reason); self.code = code
 
-# %% ../nbs/02_sources.ipynb #8cb83027
+# %% ../nbs/02_sources.ipynb #6c504937
 @dataclass
 class LoadReport:
     "What happened while rows were read; filled as they are."
@@ -183,13 +184,14 @@ class LoadReport:
         more = f"; and {len(self.unreadable) - 5:,} more" if len(self.unreadable) > 5 else ""
         return f"{self.source}: {self.rows:,} rows read, {len(self.unreadable):,} unreadable{bad}{more}"
 
+# %% ../nbs/02_sources.ipynb #b4d07e9e
 def load_report(
     rows: Any, # what `load_traces` returned
 ) -> LoadReport: # an empty one for rows that came another way
     "The report of the rows that `load_traces` returned."
     return getattr(rows, "_load_report", None) or LoadReport("rows")
 
-# %% ../nbs/02_sources.ipynb #052b0612
+# %% ../nbs/02_sources.ipynb #f895879b
 def _text(value: Any, report: LoadReport, name: str) -> str | None:
     if value is None or isinstance(value, str): return value
     report.notes[f"{name} was no text and was written as one"] += 1
@@ -200,7 +202,7 @@ def _whole(value: Any, report: LoadReport) -> int | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63: return int(value)
     report.notes["difficulty was no integer and was left out"] += 1
 
-# %% ../nbs/02_sources.ipynb #7ad165cf
+# %% ../nbs/02_sources.ipynb #16a0ce25
 def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadReport) -> dict:
     "The standard columns of one row; BadRow if there is no response."
     if not isinstance(row, dict): raise BadRow("not_a_row", f"a row must be an object with columns, got {type(row).__name__}")
@@ -213,7 +215,7 @@ def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadR
         except ValueError as e: raise BadRow("lone_surrogate", str(e)) from None
     return {**out, "difficulty": _whole(row.get(names["difficulty"]), report), **{k: row.get(names[k]) for k in schema.names[5:]}}
 
-# %% ../nbs/02_sources.ipynb #68a311f1
+# %% ../nbs/02_sources.ipynb #1858b982
 def _decode(raw: bytes) -> Any:
     "One line of JSON; BadRow if it is none."
     try: return json.loads(raw.decode("utf-8"))
@@ -223,13 +225,14 @@ def _decode(raw: bytes) -> Any:
         code = "json_truncated" if e.pos >= len(e.doc.rstrip()) else "not_json"
         raise BadRow(code, f"{'JSON breaks off' if code == 'json_truncated' else 'not JSON'}: {e.msg.removesuffix(' at')} at character {e.pos}") from None
 
+# %% ../nbs/02_sources.ipynb #d7e57014
 def _json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
     "(place, function that returns the row) for each line that is not blank."
     for n, raw in enumerate(file, 1):
         if n == 1: raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip(): yield f"{name}:{n}", partial(_decode, raw)
 
-# %% ../nbs/02_sources.ipynb #47e74dda
+# %% ../nbs/02_sources.ipynb #6511c424
 def _json_file(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
     "Rows of a JSON document, or of JSON Lines."
     raw = file.read().removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -242,7 +245,7 @@ def _json_file(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
         except BadRow as e: raise ValueError(f"{name}: {e}") from None
     for i, r in enumerate(row if isinstance(row, list) else [row]): yield f"{name}[{i}]", partial(lambda x: x, r)
 
-# %% ../nbs/02_sources.ipynb #b4314fe7
+# %% ../nbs/02_sources.ipynb #30c1705e
 def _batches_of_rows(rows: Iterable[tuple[str, Callable]], names: dict, schema: pa.Schema, report: LoadReport, size: int = 256) -> Iterator[pa.RecordBatch]:
     "Numbered rows as Arrow batches; bad rows go to the report."
     batch, seen = [], None # seen: columns and place of the first row
@@ -263,7 +266,7 @@ def _to_batch(rows: list[dict], schema: pa.Schema, report: LoadReport) -> pa.Rec
     report.rows += len(rows)
     return pa.RecordBatch.from_pylist(rows, schema=schema)
 
-# %% ../nbs/02_sources.ipynb #62e3468e
+# %% ../nbs/02_sources.ipynb #b064041b
 def _check_columns(there: Iterable[str], names: dict[str, str], where: str) -> None:
     "ValueError if there is no response among the columns."
     there = list(there)
@@ -271,7 +274,7 @@ def _check_columns(there: Iterable[str], names: dict[str, str], where: str) -> N
     guess = next((c for c in ("cot", "output", "text", "completion", "generation", "solution") if c in there), there[0] if there else "…")
     raise ValueError(f"{where} has no column {names['response']!r}; it has: {', '.join(there) or 'none'}. Name the right one with column_map={{'response': {guess!r}}}")
 
-# %% ../nbs/02_sources.ipynb #0ab77fd7
+# %% ../nbs/02_sources.ipynb #68137981
 def _as_column(batch: pa.RecordBatch, name: str, kind: pa.DataType, report: LoadReport) -> pa.Array:
     "One column in the standard type; nulls where it is missing or of another kind."
     if name not in batch.schema.names: return pa.nulls(len(batch), kind)
@@ -281,6 +284,7 @@ def _as_column(batch: pa.RecordBatch, name: str, kind: pa.DataType, report: Load
         report.notes[f"column {name!r} is {column.type}, not {kind}, and was left out"] += 1
         return pa.nulls(len(batch), kind)
 
+# %% ../nbs/02_sources.ipynb #b33f8fca
 def _standard_batches(batches: Iterable[pa.RecordBatch], where: str, names: dict, schema: pa.Schema, report: LoadReport, first: int = 0) -> Iterator[pa.RecordBatch]:
     "Arrow batches with the standard columns."
     for batch in batches:
@@ -297,7 +301,7 @@ def _standard_batches(batches: Iterable[pa.RecordBatch], where: str, names: dict
         report.rows += len(out)
         yield out
 
-# %% ../nbs/02_sources.ipynb #0110d3d0
+# %% ../nbs/02_sources.ipynb #05fee051
 Shard = Callable[[], Iterator[pa.RecordBatch]] # a piece of a source that can be read by itself
 
 def _read_text_file(path: Path, reader: Callable, *args) -> Iterator[pa.RecordBatch]:
@@ -308,12 +312,13 @@ def _read_parquet(path: Path, group: int, first: int, names: dict, schema: pa.Sc
     wanted = [n for n in (names[c] for c in schema.names) if n in file.schema_arrow.names]
     yield from _standard_batches(file.iter_batches(256, row_groups=[group], columns=wanted), path.name, names, schema, report, first)
 
+# %% ../nbs/02_sources.ipynb #31bc5658
 def _read_arrow(path: Path, names: dict, schema: pa.Schema, report: LoadReport) -> Iterator[pa.RecordBatch]:
     try: table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except pa.ArrowInvalid: table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     yield from _standard_batches(table.to_batches(256), path.name, names, schema, report)
 
-# %% ../nbs/02_sources.ipynb #57c227ef
+# %% ../nbs/02_sources.ipynb #e7264a74
 def _file_shards(path: Path, *args) -> list[Shard]:
     "The shards of one file, by its name."
     names, suffix = args[0], path.name.removesuffix(".gz").rpartition(".")[2].lower()
@@ -327,7 +332,7 @@ def _file_shards(path: Path, *args) -> list[Shard]:
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     return [partial(_read_parquet, path, g, sum(sizes[:g]), *args) for g in range(len(sizes))]
 
-# %% ../nbs/02_sources.ipynb #2b4ecc00
+# %% ../nbs/02_sources.ipynb #56304632
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".arrow")
 
 def _find_files(source: str) -> list[Path]:
@@ -341,7 +346,7 @@ def _find_files(source: str) -> list[Path]:
     if strange: raise ValueError(f"{strange.name} is of no known kind; known are {', '.join(_SUFFIXES)}")
     return found
 
-# %% ../nbs/02_sources.ipynb #36aba730
+# %% ../nbs/02_sources.ipynb #12f1645d
 def _in_turn(shards: list[Iterable], limit: int) -> list[dict]:
     "One row from each shard in turn, until there are enough or all are exhausted."
     streams, out = [iter(s) for s in shards], []
@@ -352,6 +357,7 @@ def _in_turn(shards: list[Iterable], limit: int) -> list[dict]:
             elif len(out) < limit: out.append(row)
     return out
 
+# %% ../nbs/02_sources.ipynb #e2505eed
 def _reservoir(rows: Iterable[dict], limit: int, seed: int) -> list[dict]:
     "Every row with the same chance (algorithm R; Vitter 1985), in the order of the source."
     rng, kept = Random(seed), []
@@ -360,7 +366,7 @@ def _reservoir(rows: Iterable[dict], limit: int, seed: int) -> list[dict]:
         elif (j := int(rng.random() * (i + 1))) < limit: kept[j] = (i, row)
     return [row for _, row in sorted(kept, key=lambda x: x[0])]
 
-# %% ../nbs/02_sources.ipynb #42e3be5b
+# %% ../nbs/02_sources.ipynb #4df0170e
 def _rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[dict]: return chain.from_iterable(b.to_pylist() for b in batches)
 
 def _head(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
@@ -371,19 +377,21 @@ def _head(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.R
         left -= min(left, len(batch))
         if not left: return
 
+# %% ../nbs/02_sources.ipynb #db7b4557
 def _draw(shards: list[Shard], schema: pa.Schema, limit: int | None, sample: str, seed: int) -> pa.Table:
     "Rows from shards, by the way of sampling."
     if sample == "head" or limit is None: return pa.Table.from_batches(_head(chain.from_iterable(s() for s in shards), limit), schema=schema)
     rows = _in_turn([_rows_of(s()) for s in shards], limit) if sample == "shards" else _reservoir(_rows_of(chain.from_iterable(s() for s in shards)), limit, seed)
     return pa.Table.from_pylist(rows, schema=schema)
 
-# %% ../nbs/02_sources.ipynb #ec213d36
+# %% ../nbs/02_sources.ipynb #a095a850
 def _open_hub(name: str, config: str | None, split: str) -> IterableDataset:
     "A data set of the hub as a stream; ConnectionError that says what to do instead."
     try: return load_dataset(name, config, split=split, streaming=True)
     except (ConnectionError, OSError) as e:
         raise ConnectionError(f"cannot open {name!r} on the Hugging Face hub ({type(e).__name__}: {e}). Offline? Give a local file, or use sample_traces()") from e
 
+# %% ../nbs/02_sources.ipynb #54762407
 def _standard_stream(stream: IterableDataset, names: dict, schema: pa.Schema, report: LoadReport) -> IterableDataset:
     "The standard columns of a stream; rows without a response are counted when they come by."
     there = stream.column_names or list(next(iter(stream), {}))
@@ -396,7 +404,7 @@ def _standard_stream(stream: IterableDataset, names: dict, schema: pa.Schema, re
     standard = lambda row: {k: row.get(names[k]) for k in schema.names}
     return stream.filter(good, with_indices=True).map(standard, remove_columns=[c for c in there if c not in schema.names])
 
-# %% ../nbs/02_sources.ipynb #198df28e
+# %% ../nbs/02_sources.ipynb #73af798a
 def _sample_stream(stream: IterableDataset, limit: int | None, sample: str, seed: int, schema: pa.Schema) -> IterableDataset | Dataset:
     "A limited stream; a reservoir has to read it all and returns a Dataset."
     if limit is None: return stream
@@ -405,7 +413,7 @@ def _sample_stream(stream: IterableDataset, limit: int | None, sample: str, seed
     shards = [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
     return Dataset(pa.Table.from_pylist(_in_turn(shards, limit), schema=schema))
 
-# %% ../nbs/02_sources.ipynb #ed441d21
+# %% ../nbs/02_sources.ipynb #03cc7e73
 def _local_shards(source: Any, *args) -> list[Shard]:
     "Shards of anything that is not on the hub."
     names, schema, report = args
@@ -417,6 +425,7 @@ def _local_shards(source: Any, *args) -> list[Shard]:
     rows = _json_lines(source, report.source) if hasattr(source, "readline") else ((f"row {i}", partial(lambda x: x, r)) for i, r in enumerate(source))
     return [lambda: _batches_of_rows(rows, *args)]
 
+# %% ../nbs/02_sources.ipynb #b83766a5
 def _source_name(source: Any) -> str:
     "What to call a source in reports: names of files without their folders."
     if isinstance(source, (str, Path)): return str(source) if _is_hub_name(source) else Path(source).name
@@ -426,7 +435,7 @@ def _source_name(source: Any) -> str:
 def _is_hub_name(source: Any) -> bool:
     return isinstance(source, str) and bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)) and not source.endswith(_SUFFIXES) and not Path(source).exists()
 
-# %% ../nbs/02_sources.ipynb #c1311c30
+# %% ../nbs/02_sources.ipynb #8fd7bedd
 def load_traces(
     source: Any = "microsoft/OpenMementos", # name on the hub, file, folder, glob, `Dataset`, `IterableDataset`, rows, or an open binary file of JSON Lines
     config: str | None = None, # "default" or "full": which columns are wanted
@@ -452,7 +461,7 @@ def load_traces(
     out._load_report = report
     return out
 
-# %% ../nbs/02_sources.ipynb #33e1ad31
+# %% ../nbs/02_sources.ipynb #9ee629a1
 def _read_all(shards: list[Shard], schema: pa.Schema, limit: int | None, sample: str, seed: int, report: LoadReport) -> Dataset:
     "Rows of local shards; ValueError if none can be read, a warning if some cannot."
     table = _draw(shards, schema, limit, sample, seed)
@@ -462,7 +471,7 @@ def _read_all(shards: list[Shard], schema: pa.Schema, limit: int | None, sample:
         warnings.warn(str(report), stacklevel=3)
     return Dataset(table)
 
-# %% ../nbs/02_sources.ipynb #e339abcd
+# %% ../nbs/02_sources.ipynb #a5368b41
 register_codes("full", "warn", {
     "range_bad": "A range of sentences is not two integers in order.",
     "range_gap": "A range of sentences does not start right after the one before.",
@@ -475,6 +484,7 @@ register_codes("full", "warn", {
     "row_mismatch": "The row differs from the row of the default config.",
 })
 
+# %% ../nbs/02_sources.ipynb #8eefa08a
 def _ranges(blocks: list, n_sentences: int) -> Iterator[tuple[str, str]]:
     "(code, message) of what is wrong with the ranges."
     expected = 0
@@ -485,7 +495,7 @@ def _ranges(blocks: list, n_sentences: int) -> Iterator[tuple[str, str]]:
         expected = pair[1] + 1
     if expected != n_sentences: yield "range_end", f"the ranges end before sentence {expected}, there are {n_sentences}"
 
-# %% ../nbs/02_sources.ipynb #aeb3d362
+# %% ../nbs/02_sources.ipynb #6fce7aca
 _squeeze = lambda text: "".join(text.split())
 
 def _texts(row: dict, trace: Trace) -> Iterator[tuple[str, int, int, str]]:
@@ -500,7 +510,7 @@ def _texts(row: dict, trace: Trace) -> Iterator[tuple[str, int, int, str]]:
     whole = "".join(map(trace.text_of, trace.blocks))
     if _squeeze("".join(sentences)) != _squeeze(whole) or any(m in s for s in sentences for m in MEMENTO_TOKENS): yield "sentence_mismatch", 0, len(trace.text), ""
 
-# %% ../nbs/02_sources.ipynb #eea8b0a0
+# %% ../nbs/02_sources.ipynb #8df71731
 class FullReport(NamedTuple):
     "What `check_full` found in one row."
     checks: dict[str, bool] # ranges, counts, block_texts, summary_texts, sentences, same_row, structure -> whether it holds
@@ -514,7 +524,7 @@ class FullReport(NamedTuple):
 _CHECKS = dict(ranges=("range_bad", "range_gap", "range_overlap", "range_end"), counts=("count_mismatch",), block_texts=("block_text_mismatch",),
     summary_texts=("summary_text_mismatch",), sentences=("sentence_mismatch",), same_row=("row_mismatch",))
 
-# %% ../nbs/02_sources.ipynb #f051c3d6
+# %% ../nbs/02_sources.ipynb #96b2c97d
 def check_full(
     row: dict, # a row of config `full`
     default_row: dict | None = None, # the same row of config `default`, to be compared
@@ -531,7 +541,7 @@ def check_full(
     sound = len(trace.sections) == 1 and bool((trace.answer or "").strip()) and all(i.severity == "info" for i in trace.issues)
     return FullReport({k: not codes & set(v) for k, v in _CHECKS.items()} | dict(structure=sound), (*issues, *trace.issues))
 
-# %% ../nbs/02_sources.ipynb #ff69a0f6
+# %% ../nbs/02_sources.ipynb #91cf1fba
 def full_pass_rates(
     rows: Iterable[dict], # rows of config `full`
 ) -> dict[str, tuple[int, int]]: # check -> (rows that pass, rows)
@@ -539,7 +549,7 @@ def full_pass_rates(
     reports = [check_full(r).checks for r in rows]
     return {k: (sum(r[k] for r in reports), len(reports)) for k in (*_CHECKS, "structure")}
 
-# %% ../nbs/02_sources.ipynb #ccacd02e
+# %% ../nbs/02_sources.ipynb #26ee8a3b
 def write_whole(
     path: str | Path, # where the file shall lie; its folder must exist
     content: str | bytes, # text is written as UTF-8, line ends as they are

@@ -67,7 +67,7 @@ class Issue(NamedTuple):
         info = CODES[code]
         return tuple.__new__(cls, (code, start, end, info.severity, message or info.meaning))
 
-# %% ../nbs/00_trace.ipynb #dbbe2b1e
+# %% ../nbs/00_trace.ipynb #f84544f8
 class IssueCode(NamedTuple):
     "One row of the table of defects."
     severity: str # "info", "warn" or "error"
@@ -76,6 +76,7 @@ class IssueCode(NamedTuple):
 
 CODES: dict[str, IssueCode] = {} # every defect that the library can name
 
+# %% ../nbs/00_trace.ipynb #648076df
 def register_codes(
     group: str, # name of the group, such as "trace"
     severity: str, # of all codes in this call: "info", "warn" or "error"
@@ -86,7 +87,7 @@ def register_codes(
         new = IssueCode(severity, meaning, group)
         if CODES.setdefault(code, new) != new: raise ValueError(f"issue code {code!r} is already registered with another meaning")
 
-# %% ../nbs/00_trace.ipynb #fa4077dc
+# %% ../nbs/00_trace.ipynb #f83e679f
 def codes_table(
     *groups: str, # groups to show; all of them if none is named
 ) -> str: # a Markdown table
@@ -96,7 +97,7 @@ def codes_table(
     lines = [f"| {c.severity} | `{code}` | {c.meaning.replace('|', chr(92) + '|')} |" for _, code, c in rows]
     return "\n".join(["| severity | code | meaning |", "|---|---|---|", *lines])
 
-# %% ../nbs/00_trace.ipynb #6495000c
+# %% ../nbs/00_trace.ipynb #3da3ff54
 class Dialect(NamedTuple):
     "The markers of one family of traces; each is a pair (opening, closing), or None where the family has none."
     name: str # the key in `DIALECTS`
@@ -115,7 +116,7 @@ DIALECTS: dict[str, Dialect] = {} # dialects by name
 
 DIALECTS["memento"] = Dialect("memento", ("<think>", "</think>"), ("<|block_start|>", "<|block_end|>"), ("<|summary_start|>", "<|summary_end|>"))
 
-# %% ../nbs/00_trace.ipynb #59fa4966
+# %% ../nbs/00_trace.ipynb #b935f959
 @dataclass(frozen=True, slots=True, repr=False)
 class Trace:
     "A text that nobody touches and an ordered partition of it into spans; immutable."
@@ -134,7 +135,7 @@ class Trace:
             if span[2] < end: raise ValueError(f"spans are no partition of the text: span {i}, {span}, ends before it starts")
         raise ValueError(f"spans are no partition of the text: they end at {ends[-1]} of {len(self.text)}")
 
-# %% ../nbs/00_trace.ipynb #2f523ee5
+# %% ../nbs/00_trace.ipynb #efd08908
 @patch(cls_method=True)
 def _trusted(cls: Trace, *values) -> Trace:
     "A trace from `text, spans, issues, dialect, links` that are known to be right."
@@ -142,7 +143,7 @@ def _trusted(cls: Trace, *values) -> Trace:
     for name, value in zip(fields, (*values, None)): object.__setattr__(trace, name, value)
     return trace
 
-# %% ../nbs/00_trace.ipynb #14309e5a
+# %% ../nbs/00_trace.ipynb #86532e00
 @patch
 def text_of(self: Trace,
     span: Span | None, # a span of this trace, or None
@@ -150,7 +151,7 @@ def text_of(self: Trace,
     "The text under a span, untouched."
     return None if span is None else self.text[span.start:span.end]
 
-# %% ../nbs/00_trace.ipynb #d4af0bca
+# %% ../nbs/00_trace.ipynb #6d2bf4eb
 def _adjacent_pairs(spans: Iterable[Span]) -> list[tuple[Span, Span | None]]:
     out = []
     for span in spans:
@@ -158,6 +159,7 @@ def _adjacent_pairs(spans: Iterable[Span]) -> list[tuple[Span, Span | None]]:
         elif span.kind == "memento" and out and out[-1][1] is None: out[-1] = (out[-1][0], span)
     return out
 
+# %% ../nbs/00_trace.ipynb #7bab881a
 @patch(as_prop=True)
 def pairs(self: Trace) -> tuple[Pair, ...]: # in the order in which the blocks open
     "Blocks with their mementos; a block without one has None."
@@ -166,7 +168,7 @@ def pairs(self: Trace) -> tuple[Pair, ...]: # in the order in which the blocks o
         object.__setattr__(self, "_pairs", tuple(Pair(i, b, m) for i, (b, m) in enumerate(links)))
     return self._pairs
 
-# %% ../nbs/00_trace.ipynb #83754f7a
+# %% ../nbs/00_trace.ipynb #8f56a25b
 @patch(as_prop=True)
 def blocks(self: Trace) -> tuple[Span, ...]: # one a pair
     "The blocks, in the order in which they open."
@@ -177,14 +179,14 @@ def mementos(self: Trace) -> tuple[Span, ...]: # in the order of the text
     "All mementos, those that belong to no block included."
     return tuple(s for s in self.spans if s.kind == "memento")
 
-# %% ../nbs/00_trace.ipynb #2f70c6b6
+# %% ../nbs/00_trace.ipynb #253d9b12
 @lru_cache(4096)
 def _role(dialect: str, marker: str) -> str | None:
     roles = DIALECTS[dialect].roles
     if marker in roles: return roles[marker]
     return "think_end" if marker.startswith("</") else "think_start" if marker[1:6].lower() == "think" else None
 
-# %% ../nbs/00_trace.ipynb #22c11a88
+# %% ../nbs/00_trace.ipynb #99752a49
 @patch(as_prop=True)
 def sections(self: Trace) -> tuple[Span, ...]: # spans of kind "section", markers excluded
     "The stretches of reasoning between thinking tags; the last is incomplete if it was never closed."
@@ -199,7 +201,7 @@ def sections(self: Trace) -> tuple[Span, ...]: # spans of kind "section", marker
     if opened is None and kinds and not out and "answer" not in kinds: opened = 0
     return tuple(out) if opened is None else (*out, Span("section", opened, len(self.text), False))
 
-# %% ../nbs/00_trace.ipynb #26aefc96
+# %% ../nbs/00_trace.ipynb #16ad40ca
 @patch(as_prop=True)
 def reasoning(self: Trace) -> str | None: # untouched text of the first section; None if there is no section
     "What stands between the first pair of thinking tags, markers of blocks included: the tutorial's `reasoning`. See `sections` for all."
@@ -211,7 +213,7 @@ def answer(self: Trace) -> str | None: # untouched text after the last section; 
     if not self.spans: return ""
     return next((self.text_of(s) for s in reversed(self.spans) if s.kind == "answer"), None)
 
-# %% ../nbs/00_trace.ipynb #db86c514
+# %% ../nbs/00_trace.ipynb #6eba4b5e
 @patch(as_prop=True)
 def is_complete(self: Trace) -> bool: # every span closed, and an answer
     "Whether the trace came to its end: nothing left open, and an answer."
@@ -222,13 +224,14 @@ def thinking_off(self: Trace) -> bool: # e.g. `<think></think>Answer`
     "Whether there is a section of reasoning, but nothing in it."
     return bool(self.sections) and not any(self.text_of(s).strip() for s in self.sections)
 
-# %% ../nbs/00_trace.ipynb #00b062c1
+# %% ../nbs/00_trace.ipynb #e642036f
 @patch
 def to_dict(self: Trace) -> dict: # keys `blocks`, `summaries`, `reasoning`, `final_answer`
     "The four keys of the OpenMementos tutorial; all stripped but `reasoning`, `''` where there is none."
     return dict(blocks=[self.text_of(b).strip() for b in self.blocks], summaries=[self.text_of(m).strip() for m in self.mementos],
         reasoning=self.reasoning or "", final_answer=(self.answer or "").strip())
 
+# %% ../nbs/00_trace.ipynb #6c90afc5
 @patch
 def __getitem__(self: Trace,
     key: str, # `blocks`, `summaries`, `reasoning` or `final_answer`
@@ -236,7 +239,7 @@ def __getitem__(self: Trace,
     "A trace answers to the tutorial's four keys; KeyError for any other."
     return self.to_dict()[key]
 
-# %% ../nbs/00_trace.ipynb #ad496001
+# %% ../nbs/00_trace.ipynb #8a7a2c33
 def _inside(sections: tuple[Span, ...]):
     "A function that says whether a span lies in one of these sections."
     starts = [s.start for s in sections]
@@ -245,6 +248,7 @@ def _inside(sections: tuple[Span, ...]):
         return i >= 0 and span.end <= sections[i].end
     return inside
 
+# %% ../nbs/00_trace.ipynb #0ca3c3ed
 @patch
 def to_messages(self: Trace,
     problem: str | None = None, # the user's turn; None: only the assistant's
@@ -258,7 +262,7 @@ def to_messages(self: Trace,
     reasoning = dict(reasoning_content="".join(map(self.text_of, sections))) if sections else {}
     return [*user, dict(role="assistant", content=outside, **reasoning)]
 
-# %% ../nbs/00_trace.ipynb #77a1056c
+# %% ../nbs/00_trace.ipynb #9123fced
 _VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421} # control pictures
 _VISIBLE |= {c: 0xFFFD for c in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)}
 
@@ -269,7 +273,7 @@ def visible(
     text = text.replace("\r\n", "\n").translate(_VISIBLE)
     return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
 
-# %% ../nbs/00_trace.ipynb #30206d09
+# %% ../nbs/00_trace.ipynb #19b7c741
 def _count(n: int, word: str) -> str: return f"{n:,} {word}{'' if n == 1 else 's'}" if n else f"no {word}"
 
 @patch
@@ -278,12 +282,13 @@ def __repr__(self: Trace) -> str:
     parts = (_count(len(self.text), "character"), _count(len(self.pairs), "pair"), _count(len(self.issues), "issue"))
     return f"Trace({head!r}, {', '.join(parts)}, {self.dialect})"
 
-# %% ../nbs/00_trace.ipynb #bf79803c
+# %% ../nbs/00_trace.ipynb #16a67b3e
 def _html_part(label: str, text: str, limit: int = 3000, open: bool = False) -> str:
     more = f"\n… {len(text) - limit:,} characters more" if len(text) > limit else ""
     body = f'<div dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0 .6em 1.2em">{escape(visible(text[:limit]) + more)}</div>'
     return f'<details{" open" if open else ""}><summary dir="auto">{label}</summary>{body}</details>'
 
+# %% ../nbs/00_trace.ipynb #dc6b593b
 @patch
 def _repr_html_(self: Trace, max_pairs: int = 40) -> str:
     parts = (self.dialect, _count(len(self.text), "character"), _count(len(self.pairs), "pair"), _count(len(self.issues), "issue"))
@@ -296,7 +301,7 @@ def _repr_html_(self: Trace, max_pairs: int = 40) -> str:
     if self.reasoning and not self.pairs: out.append(_html_part("Reasoning", self.reasoning))
     return "".join(out) + ("<p>No answer.</p>" if self.answer is None else _html_part("<b>Answer</b>", self.answer, open=True))
 
-# %% ../nbs/00_trace.ipynb #516283d8
+# %% ../nbs/00_trace.ipynb #44f94b2d
 def check_utf8(
     text: str, # any text
     where: str = "text", # named in the error
@@ -306,7 +311,7 @@ def check_utf8(
     except UnicodeEncodeError as e: raise ValueError(f"{where} holds a lone surrogate at offset {e.start}, which UTF-8 cannot carry") from None
     return text
 
-# %% ../nbs/00_trace.ipynb #71b1debc
+# %% ../nbs/00_trace.ipynb #2d19d55e
 @patch
 def to_json(self: Trace) -> str: # one line; ValueError for text that UTF-8 cannot carry
     "The trace as a JSON object with `text`, `dialect`, `spans`, `issues` and, where they are special, `links`."
@@ -314,6 +319,7 @@ def to_json(self: Trace) -> str: # one line; ValueError for text that UTF-8 cann
     rows = dict(text=self.text, dialect=self.dialect, spans=self.spans, issues=self.issues)
     return json.dumps(rows if self.links is None else {**rows, "links": self.links}, ensure_ascii=False)
 
+# %% ../nbs/00_trace.ipynb #01118d39
 @patch(cls_method=True)
 def from_json(cls: Trace,
     line: str, # what `to_json` wrote
@@ -325,14 +331,14 @@ def from_json(cls: Trace,
     spans, issues = (tuple(kind(*x) for x in row[key]) for kind, key in ((Span, "spans"), (Issue, "issues")))
     return cls(row["text"], spans, issues, row["dialect"], links)
 
-# %% ../nbs/00_trace.ipynb #e5d4b8ad
+# %% ../nbs/00_trace.ipynb #c99dab57
 SPAN_TYPE = pa.struct([("kind", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("complete", pa.bool_())]) # a `Span` in Arrow
 ISSUE_TYPE = pa.struct([("code", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("severity", pa.string()), ("message", pa.string())]) # an `Issue` in Arrow
 LINK_TYPE = pa.struct([("block", SPAN_TYPE), ("memento", SPAN_TYPE)]) # one of `Trace.links` in Arrow
 TRACE_SCHEMA = pa.schema([("text", pa.large_string()), ("dialect", pa.string()), ("spans", pa.list_(SPAN_TYPE)),
     ("issues", pa.list_(ISSUE_TYPE)), ("links", pa.list_(LINK_TYPE))]) # columns of `traces_to_arrow`
 
-# %% ../nbs/00_trace.ipynb #4bd8d279
+# %% ../nbs/00_trace.ipynb #d2654cdf
 def _to_lists(rows: list[tuple], kind: pa.StructType) -> pa.ListArray:
     "Lists of tuples as list<struct>, a column at a time."
     flat = [x for row in rows for x in row]
@@ -340,6 +346,7 @@ def _to_lists(rows: list[tuple], kind: pa.StructType) -> pa.ListArray:
     offsets = pa.array(accumulate((len(r) for r in rows), initial=0), pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, fields=list(kind)), type=pa.list_(kind))
 
+# %% ../nbs/00_trace.ipynb #19e44f50
 def traces_to_arrow(
     traces: Iterable[Trace], # any number of traces
 ) -> pa.Table: # one row a trace, columns of `TRACE_SCHEMA`
@@ -351,7 +358,7 @@ def traces_to_arrow(
     spans, issues = _to_lists([t.spans for t in traces], SPAN_TYPE), _to_lists([t.issues for t in traces], ISSUE_TYPE)
     return pa.Table.from_arrays([texts, pa.array([t.dialect for t in traces], pa.string()), spans, issues, pa.array(links, pa.list_(LINK_TYPE))], schema=TRACE_SCHEMA)
 
-# %% ../nbs/00_trace.ipynb #fbe1e68d
+# %% ../nbs/00_trace.ipynb #44f59c95
 def _from_lists(column: pa.ChunkedArray, make) -> list[tuple]:
     "list<struct> as tuples of named tuples."
     out = []
@@ -361,6 +368,7 @@ def _from_lists(column: pa.ChunkedArray, make) -> list[tuple]:
         out += [tuple(values[a:b]) for a, b in zip(ends, ends[1:])]
     return out
 
+# %% ../nbs/00_trace.ipynb #29a19011
 def traces_from_arrow(
     table: pa.Table, # columns of `TRACE_SCHEMA`
 ) -> list[Trace]: # ValueError if spans are no partition of their text
