@@ -19,12 +19,13 @@ from . import __version__
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/16_cli.ipynb #0948371a
+# %% ../nbs/16_cli.ipynb #1d7cca1a
 _SOURCE_HELP = """file (.jsonl, .json, .parquet, .arrow; .gz of the first two), folder, quoted pattern, text file (.txt, .md) with one response,
 a data set on the Hugging Face hub such as microsoft/OpenMementos, or - for standard input (JSON Lines or one response)"""
 
 def _column_map(text: str) -> tuple[str, str]:
     name, sep, there = text.partition("=")
+    if name not in ("problem", "response", "domain", "source", "difficulty"): raise argparse.ArgumentTypeError(f"{name!r} is no column that can be read; choose problem, response, domain, source or difficulty")
     if not sep or not there: raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=COLUMN, such as response=cot")
     return name, there
 
@@ -33,7 +34,7 @@ def _table_file(text: str) -> str:
     return text
 
 def _natural(text: str) -> int:
-    if not text.isdigit(): raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    if not (text.isascii() and text.isdigit()): raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
 # %% ../nbs/16_cli.ipynb #c24c1926
@@ -50,10 +51,16 @@ def _common(default: str | None) -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print JSON for machines")
     return p
 
-# %% ../nbs/16_cli.ipynb #e25a67b2
+# %% ../nbs/16_cli.ipynb #c8829862
+class _Parser(argparse.ArgumentParser):
+    "A parser whose errors can be shown."
+    def error(self, message: str):
+        from tracebook.trace import visible
+        super().error(visible(message))
+
 def _parser() -> argparse.ArgumentParser:
     "The whole command."
-    top = argparse.ArgumentParser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
+    top = _Parser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
         epilog="exit codes: 0 done, 1 bad input, 2 wrong call. Example: tracebook book traces.jsonl --column-map response=cot --out my.html")
     top.add_argument("--version", action="version", version=f"tracebook {__version__}")
     commands, common = top.add_subparsers(dest="command", required=True, metavar="COMMAND"), [_common(None)]
@@ -69,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--out", metavar="FILE", help="write to FILE instead of the screen")
     return top
 
-# %% ../nbs/16_cli.ipynb #25581c6e
+# %% ../nbs/16_cli.ipynb #6a453602
 def _one_response(raw: bytes, name: str) -> list[dict]:
+    if not raw.strip(): raise ValueError(f"{name} is empty (empty_file)")
     try: return [dict(response=raw.decode("utf-8"))]
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (byte 0x{raw[e.start]:02x} at byte {e.start})") from None
 
@@ -79,11 +87,12 @@ def _stdin_rows(raw: bytes) -> Any:
     start = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] == b"{": return BytesIO(raw)
     try: rows = json.loads(start) if start[:1] == b"[" else None
-    except ValueError: rows = None # a response that begins with a bracket, such as [THINK]
-    if isinstance(rows, list): return [r if isinstance(r, dict) else dict(response=r) for r in rows]
+    except (ValueError, RecursionError): rows = None # a response that begins with a bracket, such as [THINK]
+    for kind in (dict, str):
+        if rows and all(isinstance(r, kind) for r in rows): return rows if kind is dict else [dict(response=r) for r in rows]
     return _one_response(raw, "standard input")
 
-# %% ../nbs/16_cli.ipynb #6266744a
+# %% ../nbs/16_cli.ipynb #160a06d3
 def _open(args: argparse.Namespace) -> Any:
     "The rows that a call asks for."
     from tracebook.sources import _is_hub_name, load_traces, sample_traces
@@ -91,22 +100,21 @@ def _open(args: argparse.Namespace) -> Any:
     if source is None: source = sample_traces()
     elif source == "-":
         raw = sys.stdin.buffer.read()
-        if not raw.strip(): raise ValueError("standard input is empty")
         source = _stdin_rows(raw)
     elif source.endswith((".txt", ".md")): source = _one_response(Path(source).read_bytes(), source)
     elif _is_hub_name(source): limit, sample = 1000 if limit is None else limit, args.sample or "shards"
     return load_traces(source, args.config, args.split, limit, sample, args.seed, dict(args.column_map) or None)
 
-# %% ../nbs/16_cli.ipynb #fac502f8
+# %% ../nbs/16_cli.ipynb #579bbd8a
 def _book(args: argparse.Namespace) -> None:
     from tracebook.book import make_book
     rows = _open(args)
     book = make_book(rows, args.out, title=args.title, max_traces=args.max_traces)
     if args.json: return print(json.dumps(book._asdict() | dict(path=str(book.path.resolve()))))
-    from tracebook.trace import _count
+    from tracebook.trace import _count, visible
     shown = "all of them" if book.shown == book.traces else f"the first {book.shown:,}"
-    bad = f", {book.unreadable:,} rows could not be read" if book.unreadable else ""
-    print(f"{book.path.resolve()}  ({book.size / 1e6:.1f} MB)")
+    bad = f", {_count(book.unreadable, 'row')} could not be read" if book.unreadable else ""
+    print(f"{visible(str(book.path.resolve()))}  ({book.size / 1e6:.1f} MB)")
     domains = f" in {_count(book.domains, 'domain')}" if book.domains else ""
     print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {_count(book.figures, 'plot')}; {shown} to read. Open it in a browser.")
 
@@ -135,7 +143,7 @@ def _write_table(table: Any, path: str) -> None:
         pyarrow.csv.write_csv(table.set_column(table.column_names.index("issues"), "issues", [codes]), out)
     write_whole(path, out.getvalue())
 
-# %% ../nbs/16_cli.ipynb #38a4eaeb
+# %% ../nbs/16_cli.ipynb #3b7fbf90
 def _stats(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.sources import load_report
@@ -147,7 +155,7 @@ def _stats(args: argparse.Namespace) -> None:
     domains, issues, report = summary.per_domain().to_pylist(), summary.issues.to_pylist(), load_report(rows)
     if args.json:
         unreadable = [u._asdict() for u in report.unreadable]
-        return print(json.dumps(dict(groups=domains, metrics=summary.metrics.to_pylist(), issues=issues, unreadable=unreadable), ensure_ascii=False))
+        return print(json.dumps(dict(groups=domains, metrics=summary.metrics.to_pylist(), issues=issues, unreadable=unreadable)))
     console = Console(highlight=False, force_jupyter=False)
     console.print(_table(f"{len(table):,} traces, medians by {args.by}", list(domains[0]), [list(r.values()) for r in domains]))
     if issues: console.print(_table("Issues", ["group", "severity", "code", "traces", "of"], [(i["group"], i["severity"], i["code"], i["rows"], i["n"]) for i in issues]))
@@ -155,7 +163,7 @@ def _stats(args: argparse.Namespace) -> None:
     ours = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None and r["group"] != "all"]
     if ours: console.print(_table("Beside the published figures of OpenMementos", ["figure", "group", "published", "here"], [(r["statistic"], r["group"], r["published"], round(r["ours"], 3)) for r in ours]))
 
-# %% ../nbs/16_cli.ipynb #981a01fb
+# %% ../nbs/16_cli.ipynb #7727c533
 def _parse(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.book import render_trace
@@ -166,12 +174,12 @@ def _parse(args: argparse.Namespace) -> None:
     console = Console(highlight=False, file=file, width=100 if args.out else None, force_jupyter=False)
     for i, row in enumerate(_open(args)):
         trace = parse(row["response"])
-        if args.json: file.write(trace.to_json() + "\n"); continue
+        if args.json: file.write(json.dumps(json.loads(trace.to_json())) + "\n"); continue # ASCII: no terminal codes
         console.rule(f"trace {i}", align="left", style="dim")
         render_trace(trace, args.width, console)
     if args.out: write_whole(args.out, file.getvalue())
 
-# %% ../nbs/16_cli.ipynb #d5ed4959
+# %% ../nbs/16_cli.ipynb #fe11b23e
 def _one_line(message: str) -> str:
     from tracebook.trace import visible
     return visible(" ".join(message.split()))
@@ -181,18 +189,23 @@ def _run(args: argparse.Namespace) -> tuple[int, str | None]:
     try:
         dict(book=_book, stats=_stats, parse=_parse)[args.command](args)
         sys.stdout.flush()
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nothing more can be said, at exit neither
+    except (BrokenPipeError, SystemExit): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nothing more can be said, at exit neither
     except KeyboardInterrupt: return 130, None
     except (ValueError, OSError, ImportError) as e: return 1, str(e)
+    except Exception as e: # a fault of ours: still one line, and a way to see all of it
+        if os.environ.get("TRACEBOOK_DEBUG"): raise
+        return 1, f"{type(e).__name__}: {e} (this is a fault of tracebook; TRACEBOOK_DEBUG=1 shows where)"
     return 0, None
 
-# %% ../nbs/16_cli.ipynb #68383e32
+# %% ../nbs/16_cli.ipynb #0f968d83
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the process
 ) -> int: # 0 done, 1 bad input, 2 wrong call, 130 interrupted
     "The command `tracebook`."
     try: args = _parser().parse_args(argv)
     except SystemExit as e: return int(e.code or 0)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         code, error = _run(args)

@@ -46,16 +46,16 @@ def _positions(data: np.ndarray, byte: str) -> np.ndarray:
     found = [np.flatnonzero(x == ord(byte)) + a for a, x in _pieces(data)]
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
-# %% ../nbs/07_stats.ipynb #a47f19fe
-def _spaces(data: np.ndarray) -> np.ndarray:
-    "True where a byte of UTF-8 text belongs to white space."
+# %% ../nbs/07_stats.ipynb #eee62140
+def _spaces(data: np.ndarray, wide: bool = True) -> np.ndarray:
+    "True where a byte of UTF-8 text belongs to white space; `wide`: there may be characters beyond ASCII."
     space = np.empty(len(data), bool)
     for a, x in _pieces(data): space[a:a + _PIECE] = (x - np.uint8(9) <= 4) | (x - np.uint8(28) <= 4) # unsigned: smaller bytes wrap to large ones
-    leads = np.flatnonzero(np.isin(data, (0xC2, 0xE1, 0xE2, 0xE3))) if data.size and data.max() >= 0xC2 else ()
-    for wide in _WIDE_SPACES if len(leads) else ():
-        at = leads[leads + len(wide) <= len(data)]
-        for i, byte in enumerate(wide): at = at[data[at + i] == byte]
-        for i in range(len(wide)): space[at + i] = True
+    leads = np.flatnonzero(np.isin(data, (0xC2, 0xE1, 0xE2, 0xE3))) if wide else ()
+    for mark in _WIDE_SPACES if len(leads) else ():
+        at = leads[leads + len(mark) <= len(data)]
+        for i, byte in enumerate(mark): at = at[data[at + i] == byte]
+        for i in range(len(mark)): space[at + i] = True
     return space
 
 # %% ../nbs/07_stats.ipynb #791004e7
@@ -91,7 +91,7 @@ def _strip(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.nd
         start[i], end[i] = (start[i] + solid[0], start[i] + solid[-1] + 1) if len(solid) else (start[i], start[i])
     return start, end
 
-# %% ../nbs/07_stats.ipynb #39ed2231
+# %% ../nbs/07_stats.ipynb #a16fd7e1
 _MARKS = [(m.encode(), letter) for m, letter in _scanner("memento").letters.items()]
 _LONGEST = max(len(m) for m, _ in _MARKS)
 
@@ -99,10 +99,13 @@ def _find_markers(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     "Start, end and letter (as a byte) of all markers in a batch of bytes, in order; also across row ends."
     at = _positions(data, "<")
     at = at[np.isin(data[np.minimum(at + 1, len(data) - 1)], np.frombuffer(b"/t|", np.uint8))] if len(at) else at
-    window = data[np.minimum(at[:, None] + np.arange(_LONGEST), len(data) - 1)] if len(at) else np.zeros((0, _LONGEST), np.uint8)
+    window, inside = np.zeros((len(at), _LONGEST), np.uint8), np.searchsorted(at, len(data) - _LONGEST + 1)
+    if inside: # items of 17 bytes at every place of the batch, of which those at `at` are copied
+        window[:inside] = np.ndarray((len(data) - _LONGEST + 1,), f"V{_LONGEST}", data, strides=(1,))[at[:inside]].view(np.uint8).reshape(-1, _LONGEST)
+    for i in range(inside, len(at)): window[i, :len(data) - at[i]] = data[at[i]:]
     letter, size = np.zeros(len(at), np.uint8), np.zeros(len(at), np.int64)
     for mark, name in _MARKS:
-        hit = (window[:, :len(mark)] == np.frombuffer(mark, np.uint8)).all(axis=1) & (at + len(mark) <= len(data))
+        hit = (window[:, :len(mark)] == np.frombuffer(mark, np.uint8)).all(axis=1)
         letter[hit], size[hit] = ord(name), len(mark)
     found = size > 0
     return at[found], (at + size)[found], letter[found]
@@ -115,7 +118,7 @@ def _bytes_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     first, last = (int(offsets[0]), int(offsets[-1])) if len(column) else (0, 0)
     return np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:last], (offsets - first if len(column) else np.zeros(1, np.int64))
 
-# %% ../nbs/07_stats.ipynb #8b8aeb4f
+# %% ../nbs/07_stats.ipynb #4d1f1257
 class _Batch(NamedTuple):
     "What a batch of rows looks like in bytes."
     data: np.ndarray # uint8, all texts end to end
@@ -125,8 +128,9 @@ class _Batch(NamedTuple):
     first: np.ndarray # index of the first marker of each regular row
     n_pairs: np.ndarray # pairs in each regular row
     regular: np.ndarray # numbers of the regular rows
+    wide: bool # whether any character is beyond ASCII
 
-# %% ../nbs/07_stats.ipynb #125792e9
+# %% ../nbs/07_stats.ipynb #a8112aed
 _PAIRS = re.compile(b"T(?:BbSs)+t")
 
 def _scan_batch(column: pa.Array) -> _Batch:
@@ -142,12 +146,12 @@ def _scan_batch(column: pa.Array) -> _Batch:
     regular = np.flatnonzero(ok)
     keep = ok[row] if len(row) else np.zeros(0, bool)
     counts = (bounds[1:] - bounds[:-1])[regular]
-    return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular)
+    return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular, bool(data.size and data.max() >= 0x80))
 
-# %% ../nbs/07_stats.ipynb #8b00d2f6
-def _char_counter(data: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    "A function of (start, end) in bytes that gives sizes in characters."
-    if not data.size or data.max() < 0x80: return lambda a, b: b - a
+# %% ../nbs/07_stats.ipynb #394e5599
+def _char_counter(data: np.ndarray, wide: bool = True) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    "A function of (start, end) in bytes that gives sizes in characters; `wide`: there may be characters beyond ASCII."
+    if not wide: return lambda a, b: b - a
     inner = np.flatnonzero((data & 0xC0) == 0x80)
     return lambda a, b: (b - a) - (np.searchsorted(inner, b) - np.searchsorted(inner, a))
 
@@ -211,11 +215,11 @@ def _opening(first: np.ndarray, n_pairs: np.ndarray) -> np.ndarray:
     before = np.cumsum(n_pairs) - n_pairs # pairs in the rows before
     return np.repeat(first + 1 - 4 * before, n_pairs) + 4 * np.arange(n_pairs.sum())
 
-# %% ../nbs/07_stats.ipynb #49e1ebb2
+# %% ../nbs/07_stats.ipynb #17a6bb2d
 def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     "Sizes of the regular rows, from the offsets of their markers."
-    rows, n, chars = batch.regular, batch.n_pairs, _char_counter(batch.data)
-    space = _spaces(batch.data) if words or batch.data.size and batch.data.max() >= 0x80 else _AsciiSpaces(batch.data)
+    rows, n, chars = batch.regular, batch.n_pairs, _char_counter(batch.data, batch.wide)
+    space = _spaces(batch.data, batch.wide) if words or batch.wide else _AsciiSpaces(batch.data)
     turns = _turns(space) if words else None
     opening, of = _opening(batch.first, n), np.repeat(rows, n)
     blocks, mementos = (_contents(batch, chars, space, batch.end[i], batch.start[i + 1], of, turns) for i in (opening, opening + 2))
@@ -228,13 +232,14 @@ def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     sizes = np.stack([total, *raw, total - sum(raw) - marks - answer - prefix, marks, answer, n], axis=1)
     return _Measured(rows, sizes, np.ones(len(rows), bool), _issues_of(batch, blocks, mementos, opening), ["memento"] * len(rows), blocks, mementos, np.arange(len(blocks)))
 
-# %% ../nbs/07_stats.ipynb #52bbc886
+# %% ../nbs/07_stats.ipynb #4c1e35e9
 def _issues_of(batch: _Batch, blocks: np.ndarray, mementos: np.ndarray, opening: np.ndarray) -> list[list[str]]:
     "Issue codes of the regular rows, in the order in which the parser gives them."
     found: dict[int, list] = {}
     for table, code in ((blocks, "empty_block"), (mementos, "empty_summary")):
         for row, start, end, *_ in table[table[:, 3] == 0]: found.setdefault(row, []).append((start, end, code))
-    if len(ticks := _positions(batch.data, "`")):
+    if re.search(b"`", batch.data): # stops at the first one
+        ticks = _positions(batch.data, "`")
         a, b = batch.end[opening], batch.start[opening + 1]
         raw = batch.data.tobytes()
         for i in np.flatnonzero(np.searchsorted(ticks, b) > np.searchsorted(ticks, a)):
@@ -378,12 +383,13 @@ def _row_groups(rows: Any) -> list[_Group] | None:
             first += n
     return out
 
-# %% ../nbs/07_stats.ipynb #0a84f34e
+# %% ../nbs/07_stats.ipynb #57496649
 def _group_batches(group: _Group) -> Iterator[pa.RecordBatch]:
-    "The columns that are measured, of one row group."
+    "The columns that are measured, of one row group, about 16 MB at a time."
     file = pq.ParquetFile(group.path)
+    size = (1 << 24) * group.rows // max(file.metadata.row_group(group.group).total_byte_size, 1)
     columns = [c for c in ("response", "domain", "source") if c in file.schema_arrow.names]
-    yield from file.iter_batches(128, row_groups=[group.group], columns=columns, use_threads=False)
+    yield from file.iter_batches(min(max(size, 16), 1024), row_groups=[group.group], columns=columns, use_threads=False)
 
 # %% ../nbs/07_stats.ipynb #92044f39
 def _with_tokens(out: pa.RecordBatch, m: _Measured, column: pa.Array, count_tokens: Callable, per_trace: bool) -> pa.RecordBatch:
@@ -502,23 +508,29 @@ def _describe(values: pa.ChunkedArray, seed: int) -> dict:
     low, high = bootstrap_median(x, seed=seed) or (None, None)
     return dict(n=len(x), median=q[0], q25=q[1], q75=q[2], p95=q[3], ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #3608054d
+# %% ../nbs/07_stats.ipynb #0c942483
 class Summary(NamedTuple):
     "Statistics of a corpus by group."
     metrics: pa.Table # group, level ("trace", "block", "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high; on level "corpus", `median` is the value itself
     issues: pa.Table # group, code, severity, rows (traces that carry it), n (traces in the group)
     by: str # the column that made the groups; the group "all" holds everything
 
+    @property
+    def index(self) -> dict[tuple[str, str, str], dict]: # (group, metric, level) -> row of `metrics`
+        "All statistics for looking up; made anew at each call."
+        return {(r["group"], r["metric"], r["level"]): r for r in self.metrics.to_pylist()}
+
     def get(self, group: str, metric: str, level: str = "trace") -> dict: # one row of `metrics`
         "The statistics of one metric; KeyError if there is none."
-        for r in self.metrics.to_pylist():
-            if (r["group"], r["metric"], r["level"]) == (group, metric, level): return r
-        raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
+        found = self.index.get((group, metric, level))
+        if found is None: raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
+        return found
 
-# %% ../nbs/07_stats.ipynb #f8d14873
+# %% ../nbs/07_stats.ipynb #206f35f4
 def _groups(table: pa.Table, by: str) -> dict[str, pa.Table]:
     "The rows of each group, and of all."
     keys = table[by].cast(pa.string()).fill_null("(none)")
+    keys = pc.if_else(pc.equal(keys, "all"), f"all ({by})", keys) # the name is taken by the total
     names = [n for n, _ in Counter(keys.to_pylist()).most_common()]
     return {n: table.filter(pc.equal(keys, n)) for n in names} | {"all": table}
 
@@ -553,15 +565,16 @@ def summarize(
         issues += [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in counts.most_common()]
     return Summary(pa.Table.from_pylist(metrics, schema=_METRIC_COLUMNS), pa.Table.from_pylist(issues, schema=_ISSUE_COLUMNS), by)
 
-# %% ../nbs/07_stats.ipynb #78a451c0
+# %% ../nbs/07_stats.ipynb #1276a32f
 @patch
 def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_blocks, median_block_words, median_summ_words, median_char_ratio, median_word_ratio
     "The tutorial's table: one row a group, medians over traces, rounded to 3 places."
     wanted = dict(median_blocks="n_blocks", median_block_words="block_words", median_summ_words="summ_words", median_char_ratio="compress_char", median_word_ratio="compress_word")
-    rows = {r["group"]: {"group": r["group"], "n": r["n"]} for r in self.metrics.to_pylist() if r["metric"] == "n_blocks" and r["level"] == "trace"}
-    for r in self.metrics.to_pylist():
-        for name, metric in wanted.items():
-            if (r["level"], r["metric"]) == ("trace", metric): rows[r["group"]][name] = None if r["median"] is None else round(r["median"], 3)
+    index, rows = self.index, {}
+    for (group, metric, level), r in index.items():
+        if (metric, level) == ("n_blocks", "trace"):
+            medians = {name: index[group, m, "trace"]["median"] for name, m in wanted.items()}
+            rows[group] = {"group": group, "n": r["n"], **{k: None if v is None else round(v, 3) for k, v in medians.items()}}
     return pa.Table.from_pylist(list(rows.values()))
 
 @patch
@@ -591,32 +604,32 @@ PAPER = [ # published statistics of OpenMementos, with the definitions that fit 
 ]
 PAPER_ROWS = dict(math=123_333, science=61_485, code=43_739) # rows of OpenMementos by domain
 
-# %% ../nbs/07_stats.ipynb #876415e6
+# %% ../nbs/07_stats.ipynb #00d4d2d5
 def compare_with_paper(
     summary: Summary, # of `summarize`, with `blocks` for the figures on single blocks
 ) -> pa.Table: # statistic, group, published, ours, ci_low, ci_high, n, metric
     "Our figures beside the published ones, under the same definition; null where we have none."
-    ours = {(r["group"], r["level"], r["metric"]): r for r in summary.metrics.to_pylist()}
-    rows = []
+    ours, rows = summary.index, []
     for p in PAPER:
-        r = ours.get((p.group, p.level, p.metric), {})
+        r = ours.get((p.group, p.metric, p.level), {})
         published = f"{p.low:g}" if p.low == p.high else f"{p.low:g} to {p.high:g}"
         if p.level == "corpus": published = f"{p.low:.2g}"
         rows.append(dict(statistic=p.statistic, group=p.group, published=published, ours=r.get("median"), ci_low=r.get("ci_low"), ci_high=r.get("ci_high"), n=r.get("n"), metric=f"{p.metric} ({p.level})"))
     return pa.Table.from_pylist(rows)
 
-# %% ../nbs/07_stats.ipynb #2e06ea88
+# %% ../nbs/07_stats.ipynb #a72df03f
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#888888") # Paul Tol's "bright", told apart by colour-blind readers
 
 def _label(name: str) -> str:
     "A name that matplotlib draws as it is: no mathematics, no control characters, not too long."
     name = "".join(c if c.isprintable() else "·" for c in name)
-    return (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
+    name = (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
+    return f"\u200b{name}" if name.startswith("_") else name # matplotlib leaves names with an underscore out of legends
 
-# %% ../nbs/07_stats.ipynb #242d8403
+# %% ../nbs/07_stats.ipynb #ea35094d
 def _by_group(table: pa.Table, by: str = "domain") -> list[tuple[str, str, pa.Table]]:
     "(label, colour, rows) of the six largest groups and of the others together."
-    parts = {k: v for k, v in _groups(table, by).items() if k != "all" or v is not table}
+    parts = {k: v for k, v in _groups(table, by).items() if k != "all"}
     names = list(parts)[:6]
     out = [(_label(n), c, parts[n]) for n, c in zip(names, _COLOURS)]
     if len(parts) > 6: out.append((f"{len(parts) - 6} others", _COLOURS[6], pa.concat_tables([parts[n] for n in list(parts)[6:]])))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROWS
 
 from tracebook.memento import parse_memento
 from tracebook.sources import COLUMNS, make_traces, sample_traces
@@ -38,10 +37,6 @@ def best(f, repeat=3):
     return min(times)
 
 
-def row(what, ours, beside, ratio, limit):
-    ROWS.append((what, ours, beside, f"{ratio:.2f}", limit))
-
-
 def corpus():
     "Real outputs where they are at hand, else the bundled sample; about 36 MB."
     shared = os.environ.get("TRACEBOOK_SHARED")
@@ -50,7 +45,7 @@ def corpus():
     return texts * (36_000_000 // sum(map(len, texts)))
 
 
-def test_parse(benchmark):
+def test_parse(benchmark, row):
     texts = corpus()
     size = sum(map(len, texts)) / 1e6
 
@@ -67,7 +62,7 @@ def test_parse(benchmark):
 
 
 @pytest.mark.parametrize("name, unit", [("blocks never closed", "<|block_start|>" + "x" * 200), ("closing tags in open blocks", "<|block_start|>" + "x" * 100 + "</think>")])
-def test_linear(benchmark, name, unit):
+def test_linear(benchmark, row, name, unit):
     n = 8000
     half, whole = unit * (n // 2), unit * n
     benchmark.pedantic(lambda: parse_memento(whole), rounds=7, warmup_rounds=1)
@@ -100,7 +95,7 @@ def usual_loop(path):
                  block_words=sum(len(b.split()) for b in blocks), summ_words=sum(len(s.split()) for s in summaries))
 
 
-def test_trace_table(benchmark, parquet):
+def test_trace_table(benchmark, row, parquet):
     benchmark.pedantic(lambda: trace_table(parquet, progress=False), rounds=4, warmup_rounds=1)
     with_words, reading = benchmark.stats["min"], best(lambda: read(parquet), 4)
     without, usual = best(lambda: trace_table(parquet, words=False, progress=False), 4), best(lambda: usual_loop(parquet), 1)
@@ -116,12 +111,14 @@ def test_trace_table(benchmark, parquet):
     assert with_words / two >= 1.6 or os.cpu_count() < 2
 
 
-def test_memory(parquet, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the memory counts of Linux")
+def test_memory(row, parquet, tmp_path):
     "Peak memory of a process that measures a quarter of the rows, and all of them."
     part = tmp_path/"part.parquet"
     with pq.ParquetWriter(part, COLUMNS) as writer:
         for g in range(5): writer.write_table(pq.ParquetFile(parquet).read_row_group(g))
-    code = "import resource, sys; from tracebook.stats import trace_table; trace_table(sys.argv[1], progress=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # getrusage would count what this process held when it forked, so the kernel's own count for the new program is taken
+    code = "import sys; from tracebook.stats import trace_table; trace_table(sys.argv[1], progress=False); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     quarter, whole = (int(subprocess.run([sys.executable, "-c", code, str(p)], capture_output=True, text=True, check=True).stdout) / 1000 for p in (part, parquet))
     row(f"peak memory of the process, {N_TRACES:,} traces", f"{whole:.0f} MB", f"{N_TRACES // 4:,} traces: {quarter:.0f} MB", whole / quarter, "about 1")
     assert whole / quarter <= 1.2
