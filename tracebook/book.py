@@ -196,26 +196,27 @@ def _paper_table(summary: Summary) -> dict | None:
     return dict(columns=[dict(key=k, label=l, help="", numeric=n) for k, l, n in columns], rows=shown,
         caption=f"Figures that the card and the paper of microsoft/OpenMementos publish for {sum(PAPER_ROWS.values()):,} traces, and those of this corpus, with their 95 % bootstrap intervals below.")
 
-# %% ../nbs/15_book.ipynb #9e1885ba
+# %% ../nbs/15_book.ipynb #60e7ee5c
 _INK = "#010203" # a colour that no plot uses
 _SVG_STYLE = {k: _INK for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")} | {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
 def _svg(fig: Figure) -> Markup:
     "A figure as inline SVG in the colour of the text around it."
     out = io.StringIO()
-    try: fig.savefig(out, format="svg", transparent=True, metadata=dict(Date=None, Creator=None, Format=None, Type=None))
-    finally: plt.close(fig)
+    fig.savefig(out, format="svg", transparent=True, metadata=dict(Date=None, Creator=None, Format=None, Type=None))
     text = re.sub(r'style="[^"]*"', lambda m: m[0].replace(_INK, "currentColor"), out.getvalue()) # in styles only, not in words
     return Markup(text[text.index("<svg"):].replace("<svg ", '<svg preserveAspectRatio="xMidYMid meet" ', 1))
 
-# %% ../nbs/15_book.ipynb #123d1f03
+# %% ../nbs/15_book.ipynb #c5bf7d50
 def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
     "All plots of a corpus for the page."
     out = []
     with plt.rc_context(_SVG_STYLE):
         for name, title, caption, fig in plot_all(table, blocks) if len(table) else ():
             fig.suptitle("") # the page has the title above
-            with plt.rc_context({"svg.hashsalt": name}): svg = _svg(fig)
+            try:
+                with plt.rc_context({"svg.hashsalt": name}): svg = _svg(fig)
+            finally: plt.close(fig)
             out.append(dict(id=name, title=title, caption=caption, alt=f"{title}. {caption}", svg=svg))
     return out
 

@@ -76,10 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--out", metavar="FILE", help="write to FILE instead of the screen")
     return top
 
-# %% ../nbs/16_cli.ipynb #6a453602
+# %% ../nbs/16_cli.ipynb #d8a79bbb
 def _one_response(raw: bytes, name: str) -> list[dict]:
     if not raw.strip(): raise ValueError(f"{name} is empty (empty_file)")
-    try: return [dict(response=raw.decode("utf-8"))]
+    try: return [dict(response=raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))]
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (byte 0x{raw[e.start]:02x} at byte {e.start})") from None
 
 def _stdin_rows(raw: bytes) -> Any:

@@ -207,7 +207,7 @@ def _whole(value: Any, report: LoadReport) -> int | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63: return int(value)
     report.notes["difficulty was no integer and was left out"] += 1
 
-# %% ../nbs/02_sources.ipynb #36861508
+# %% ../nbs/02_sources.ipynb #2b18605a
 def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadReport) -> dict:
     "The standard columns of one row; BadRow if there is no response."
     if not isinstance(row, dict): raise BadRow("not_a_row", f"a row must be an object with columns, got {type(row).__name__}")
@@ -222,6 +222,7 @@ def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadR
 
 def _listed(value: Any, column: pa.Field) -> Any:
     "A value of one of the list columns of `full`; BadRow if Arrow cannot hold it."
+    if not isinstance(value, (list, type(None))): raise BadRow("bad_column", f"{column.name!r} is {type(value).__name__}, not a list")
     try: pa.array([value], column.type)
     except (ValueError, TypeError, OverflowError) as e: raise BadRow("bad_column", f"{column.name!r} is not {column.type}: {e}") from None
     return value
@@ -434,7 +435,7 @@ def _open_hub(name: str, config: str | None, split: str) -> IterableDataset:
     except (ConnectionError, OSError) as e:
         raise ConnectionError(f"cannot open {name!r} on the Hugging Face hub ({type(e).__name__}: {e}). Offline? Give a local file, or use sample_traces()") from e
 
-# %% ../nbs/02_sources.ipynb #758947e5
+# %% ../nbs/02_sources.ipynb #cca84514
 def _standard_stream(stream: IterableDataset, names: dict, schema: pa.Schema, report: LoadReport) -> IterableDataset:
     "The standard columns of a stream; rows without a response are counted when they come by."
     there = stream.column_names or list(next(iter(stream), {}))
@@ -442,10 +443,10 @@ def _standard_stream(stream: IterableDataset, names: dict, schema: pa.Schema, re
     def clean(batch: dict, numbers: list[int]) -> dict:
         if numbers[0] == 0: report.rows, report.unreadable[:], report.notes = 0, [], Counter() # a stream may be gone through again
         rows = ((f"{report.source}[{i}]", partial(lambda i: {k: v[i] for k, v in batch.items()}, i - numbers[0])) for i in numbers)
-        out = [r for b in _batches_of_rows(rows, names, schema, report, len(numbers)) for r in b.to_pylist()]
+        out = [r for b in _batches_of_rows(rows, {k: k for k in names}, schema, report, len(numbers)) for r in b.to_pylist()]
         return {k: [r[k] for r in out] for k in schema.names}
-    features = Features.from_arrow_schema(schema)
-    return stream.map(clean, with_indices=True, batched=True, batch_size=16, remove_columns=[c for c in there if c not in schema.names], features=features)
+    standard = stream.map(lambda row: {k: row.get(names[k]) for k in schema.names}).select_columns(schema.names)
+    return standard.map(clean, with_indices=True, batched=True, batch_size=16, features=Features.from_arrow_schema(schema))
 
 # %% ../nbs/02_sources.ipynb #5afd6c2c
 def _sample_stream(stream: IterableDataset, limit: int | None, sample: str, seed: int, schema: pa.Schema) -> IterableDataset | Dataset:

@@ -1,0 +1,223 @@
+"The book of bad and hostile rows: whole, safe and the same every time."
+import html, json, os, re, signal, subprocess, sys, textwrap
+from contextlib import contextmanager
+from html.parser import HTMLParser
+
+import pytest
+from datasets import Dataset, IterableDataset
+from hypothesis import given, settings, strategies as st
+
+from tracebook.book import _accounts, _trace_item, make_book, render_trace, visible
+from tracebook.memento import MEMENTO_TOKENS, build_memento, parse
+from tracebook.sources import load_traces, make_traces, sample_traces, sample_zoo
+from tracebook.stats import measure, summarize
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+CLEAN = build_memento([("one two three", "one"), ("four five six", "four")], "\n\nThe answer.")
+FIELDS = ("problem", "response", "domain", "source")
+
+
+class Page(HTMLParser):
+    "Elements with their attributes, and the text of a page outside scripts and styles."
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.text, self.raw = [], [], None
+        self.feed(text); self.close()
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"): self.raw = tag
+    def handle_endtag(self, tag): self.raw = None if tag == self.raw else self.raw
+    def handle_data(self, data):
+        if self.raw is None: self.text.append(data)
+
+@contextmanager
+def within(seconds):
+    "A generous limit, so that a hang is a failure."
+    def stop(*_): raise TimeoutError(f"not done in {seconds} s")
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try: yield
+    finally: signal.alarm(0); signal.signal(signal.SIGALRM, old)
+
+def book(tmp_path, rows, **k):
+    made = make_book(load_traces(rows), tmp_path / "o.html", **k)
+    return made, made.path.read_text(encoding="utf-8")
+
+def shape(text):
+    "Names of elements with the names of their attributes."
+    return {(tag, frozenset(attrs)) for tag, attrs in Page(text).elements}
+
+@pytest.fixture(scope="module")
+def allowed(tmp_path_factory):
+    "What the template and the plots emit by themselves, for clean rows and for the zoo of defects."
+    where = tmp_path_factory.mktemp("clean")
+    _, a = book(where, list(sample_traces()) + [dict(response=r["response"], domain="zoo") for r in sample_zoo()])
+    _, b = book(where, [dict(response=CLEAN, problem="p", domain=3, source="s", difficulty=3), dict(response=3), dict(response="x")], title="t", max_traces=1)
+    return shape(a) | shape(b)
+
+ATTACKS = ["<script>alert(1)</script>", "</script><script>x()</script>", "\"><img src=x onerror=alert(1)>", "' onmouseover='x", "</style><style>*{}", "<!--", "-->", "<![CDATA[", "]]>", "</title><iframe src=//e.x>",
+    "</div></details></main>", "{{ 7*7 }}{% raw %}", "&lt;script&gt;&#60;script&#62;", "<svg onload=x>", "<a href=javascript:x>y</a>", "$\\frac{1}{0}$", "`", "<think>", "\" autofocus onfocus=\"x"]
+
+@pytest.mark.parametrize("attack", ["".join(ATTACKS), ATTACKS[2]], ids=["all", "img"])
+def test_no_element_and_no_attribute_is_injected(tmp_path, allowed, attack):
+    row = {k: attack for k in FIELDS} | dict(response=build_memento([(attack, attack), ("a", "b")], attack), difficulty=1)
+    path = tmp_path / (attack[:60].replace("/", "_") + ".jsonl")
+    path.write_text("".join(json.dumps(r) + "\n" for r in (row, dict(response=attack, domain=3), {"response": {attack: 1}}, {attack: 1})) + attack + "\n")
+    made = make_book(load_traces(str(path)), tmp_path / "o.html", title=attack)
+    text = made.path.read_text()
+    assert made.traces == 2 and made.unreadable == 3
+    assert not shape(text) - allowed
+    assert "49" not in re.findall(r"<h1[^>]*>(.*?)</h1>", text)[0] and len(re.findall("<script>", text)) == 2
+    assert visible(attack) in "".join(Page(text).text)
+
+def test_nothing_is_fetched(tmp_path):
+    _, text = book(tmp_path, [dict(response=CLEAN, problem="see https://example.org/x.png", source="//example.org")])
+    for tag, attrs in Page(text).elements:
+        assert tag not in ("link", "iframe", "object", "embed", "img", "base", "audio", "video", "image") and "src" not in attrs
+        assert attrs.get("href", attrs.get("xlink:href", "#")).startswith("#") and attrs.get("http-equiv", "") != "refresh"
+        for value in attrs.values(): assert "url(" not in (value or "").replace("url(#", "")
+    for style in re.findall(r"<style.*?</style>", text, re.S): assert "@import" not in style and "url(" not in style
+    for script in re.findall(r"<script>.*?</script>", text, re.S): assert not re.search(r"fetch\(|XMLHttp|import\(|https?:", script)
+
+CONTROL = "".join(map(chr, [*range(9), 11, 12, *range(14, 32), 127, *range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
+
+def test_no_control_character_reaches_the_page_or_the_terminal(tmp_path, capsys):
+    row = {k: "a" + CONTROL + "\x1b]0;owned\x07b" for k in FIELDS}
+    _, text = book(tmp_path, [row, row | dict(response=build_memento([(CONTROL, CONTROL)], CONTROL))], title=CONTROL)
+    assert not set(CONTROL) & set(text) and "\r" not in text
+    assert not re.search(r"&#x?0*(?:[0-8]|1[124-9]|2\d|3[01]|127)\b", text)
+    for r in (row["response"], build_memento([(CONTROL, CONTROL)], CONTROL), "<think>" + CONTROL, "<|summary_start|>" + CONTROL): render_trace(r)
+    assert not set(CONTROL) & set(capsys.readouterr().out)
+
+@given(st.text(max_size=60) | st.lists(st.sampled_from([*MEMENTO_TOKENS, " ", "a", "é", "\n", "```", "<b>", "\0", "\r"]), max_size=14).map("".join))
+@settings(derandomize=True, deadline=None, max_examples=400)
+def test_the_accounts_sum_to_the_length_and_no_text_is_lost(text):
+    trace, item = parse(text), _trace_item(dict(response=text), 0)
+    assert sum(a["characters"] for a in item["accounts"]) == item["characters"] == len(text)
+    shown = "".join(p.get("text", "") + p.get("block", "") + (p.get("memento") or "") for p in item["parts"])
+    left = [visible(trace.text_of(s)) for s in trace.spans if s.kind != "marker" and trace.text_of(s).strip()]
+    assert sorted(shown.replace("\n", "").replace(" ", "")) == sorted("".join(left).replace("\n", "").replace(" ", "")) or all(x in shown for x in left)
+
+def test_every_trace_and_every_character_is_there(tmp_path):
+    rows = sample_traces()
+    made, text = book(tmp_path, rows)
+    said = Page(text)
+    ids = [a["id"] for t, a in said.elements if a.get("class") == "trace"]
+    assert made.traces == made.shown == len(ids) == len(set(ids)) == len(rows)
+    whole = "".join(said.text)
+    for row in rows:
+        trace = parse(row["response"])
+        assert visible(row["problem"]) in whole
+        for s in trace.spans:
+            if s.kind != "marker" and trace.text_of(s).strip(): assert visible(trace.text_of(s)) in whole
+
+PLAIN = ["plain text", "a < b & c > d \" '", "&amp; &lt;", "\n\nleading", "tail \n ", "tab\tand  two", "é😀العربية", "a\u2028b", "\ufeffx", "x" * 19_999]
+
+def test_plain_text_stands_on_the_page_as_it_is(tmp_path):
+    whole = "".join(Page(book(tmp_path, [dict(response=text) for text in PLAIN])[1]).text)
+    assert [text for text in PLAIN if text not in whole] == []
+
+@pytest.mark.parametrize("response", ["", " ", "<think>", "<think></think>", *MEMENTO_TOKENS, "<|block_start|><|block_end|><|summary_start|><|summary_end|>", "<|summary_start|>x<|summary_end|>",
+    "<think><|block_start|><|block_end|><|summary_start|>abc<|summary_end|></think>x", "\0", "\r\n", "\ufeff" + CLEAN])
+def test_a_book_of_one_odd_trace(tmp_path, response):
+    made, text = book(tmp_path, [dict(response=response)])
+    assert made.traces == 1 and 'id="t-0"' in text
+
+@pytest.mark.parametrize("domain", ["all", "(none)", "", "_x", "$x$", "\\$a$", "#010203", "\0", "a\nb", "x" * 100_000, None], ids=range(11))
+def test_a_book_of_one_odd_domain(tmp_path, domain):
+    made, text = book(tmp_path, [dict(response=CLEAN, domain=domain), dict(response=CLEAN, domain=domain)])
+    assert made.traces == 2
+    figure = text[text.index("<figure"):]
+    if domain and len(domain) < 20 and domain.isprintable(): assert html.escape(domain) in figure[:figure.index("</figure>")], "the legend has no such domain"
+
+def test_a_domain_called_all_is_a_domain(tmp_path):
+    rows = load_traces([dict(response=CLEAN, domain="all"), dict(response=CLEAN, domain="math"), dict(response=CLEAN, domain="math")])
+    table, blocks = measure(rows)
+    counts = sorted(r["n"] for r in summarize(table, blocks=blocks).per_domain().to_pylist())
+    assert counts == [1, 2, 3]
+
+def test_no_domain_and_a_domain_called_none_are_counted_apart_or_together_but_the_same_everywhere(tmp_path):
+    made, text = book(tmp_path, [dict(response=CLEAN, domain="(none)"), dict(response=CLEAN), dict(response="<think>", domain="")])
+    rows = dict(re.findall(r'<th scope="row"><bdi class="cell">([^<]*)</bdi></th><td class="num"><bdi>[\d,]+</bdi></td><td class="num"><bdi>([\d,]+)</bdi>', text))
+    assert rows.get("", "1") == "1" and rows["(none)"] == "0" and rows["all"] == "1"
+
+def test_many_domains(tmp_path):
+    with within(20): made, text = book(tmp_path, [dict(response=CLEAN, domain=f"domain {i}") for i in range(500)], max_traces=3)
+    assert made.domains == 500 and len(text) < 2_000_000 and "smallest domains are left out" in text
+
+def test_a_hundred_thousand_blocks(tmp_path):
+    text = build_memento([("x" * 50, "sum")] * 100_000, "end")
+    with within(40): made, page = book(tmp_path, [dict(response=text)])
+    assert len(text) > 10_000_000 and made.size < 3_000_000 and "100,000 blocks" in page and "are not shown here" in page
+
+@pytest.mark.parametrize("row", [dict(response="x" * 5_000_000), dict(response=CLEAN, problem="p" * 5_000_000), dict(response=CLEAN, source="s" * 5_000_000), dict(response=CLEAN, domain="d" * 5_000_000)], ids=["response", "problem", "source", "domain"])
+def test_one_enormous_field_makes_no_enormous_page(tmp_path, row):
+    with within(25): made, text = book(tmp_path, [row])
+    assert made.size < 2_000_000
+
+def test_more_unreadable_rows_than_can_be_listed(tmp_path):
+    made, text = book(tmp_path, [dict(response=CLEAN)] + [dict(response=None)] * 1000)
+    assert made.unreadable == 1000 and "1,000 rows could not be read" in text and "The first 200 of 1,000" in text
+
+def test_what_is_not_shown_is_said(tmp_path):
+    made, text = book(tmp_path, [dict(response=CLEAN)] * 5, max_traces=2)
+    assert (made.traces, made.shown) == (5, 2) and "first 2 of 5 traces" in text
+    with pytest.raises(ValueError): book(tmp_path, [dict(response=CLEAN)], max_traces=-1)
+
+def test_no_rows_at_all(tmp_path):
+    for rows in ([], Dataset.from_list([dict(response=CLEAN)]).select([]), load_traces(Dataset.from_list([dict(response=CLEAN)]).to_iterable_dataset(), limit=0)):
+        made = make_book(rows, tmp_path / "o.html")
+        assert made.traces == 0 and "There are no traces to read" in made.path.read_text()
+
+def test_a_stream_makes_the_book_of_a_list(tmp_path):
+    rows = [dict(response=CLEAN, problem=3, difficulty="easy"), dict(response=None), dict(response=CLEAN, problem="x", difficulty=2), dict(response="\ud800")]
+    made = [make_book(source, tmp_path / "o.html") for source in (rows, IterableDataset.from_generator(lambda: iter(rows)))]
+    assert made[0][1:-1] == made[1][1:-1] and made[0].unreadable == 2
+
+def test_a_stream_that_was_looked_at_counts_once(tmp_path):
+    rows = load_traces(IterableDataset.from_generator(lambda: iter([dict(response=None), dict(response=CLEAN)])))
+    next(iter(rows))
+    assert make_book(rows, tmp_path / "o.html").unreadable == 1
+
+def test_an_error_while_rendering_leaves_the_old_page(tmp_path, monkeypatch):
+    import tracebook.book as b
+    (tmp_path / "o.html").write_text("old")
+    def stop(*_, **__): raise KeyboardInterrupt
+    for name in ("_figures", "_trace_item", "_environment", "measure"):
+        with monkeypatch.context() as m:
+            m.setattr(b, name, stop)
+            with pytest.raises(KeyboardInterrupt): make_book([dict(response=CLEAN)], tmp_path / "o.html")
+        assert (tmp_path / "o.html").read_text() == "old" and os.listdir(tmp_path) == ["o.html"]
+
+def test_figures_are_closed_when_one_fails(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt, tracebook.book as b
+    before = plt.get_fignums()
+    def stop(*_): raise RuntimeError
+    monkeypatch.setattr(b, "_svg", stop)
+    with pytest.raises(RuntimeError): make_book([dict(response=CLEAN)], tmp_path / "o.html")
+    assert plt.get_fignums() == before
+
+def test_a_page_that_cannot_be_written(tmp_path):
+    for path in (tmp_path / "none" / "o.html", tmp_path):
+        with pytest.raises(OSError) as e: make_book([dict(response=CLEAN)], path)
+        assert not re.search(r"\.\w+\.\w{8}'", str(e.value)), "the message names a file that nobody asked for"
+    assert os.listdir(tmp_path) == []
+
+def test_the_page_is_the_same_every_time(tmp_path):
+    code = textwrap.dedent("""
+        import socket, sys
+        def refuse(*_, **__): raise OSError("network")
+        socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+        from tracebook.book import make_book
+        from tracebook.sources import make_traces
+        make_book(make_traces(5), sys.argv[1])""")
+    pages = []
+    for seed, zone, name in (("1", "UTC", "o.html"), ("2", "Asia/Tokyo", "o.html")):
+        env = os.environ | dict(PYTHONHASHSEED=seed, TZ=zone)
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, env=env, timeout=60)
+        pages.append((tmp_path / name).read_bytes())
+    same = pages[0] == pages[1] # a plain bool: a diff of two pages would take minutes
+    assert same
+    rows = make_traces(5)
+    here = {make_book(rows, tmp_path / name).path.read_bytes() for name in ("a.html", "b.html")} | {pages[0]}
+    assert len(here) == 1
