@@ -1,6 +1,5 @@
 "Which tests run: `--slow`, `--cuda` and `--hub` add those that are marked so."
 import importlib.util
-
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when datasets is imported: no test asks the hub unasked

@@ -35,18 +35,27 @@ __all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'COLUMN_MEANINGS', 'PAPER', 'PAPER_
            'bootstrap_median', 'Summary', 'summarize', 'Published', 'compare_with_paper', 'plot_block_counts',
            'plot_sizes', 'plot_ratios', 'plot_block_against_memento', 'plot_ratio_by_position', 'plot_all']
 
-# %% ../nbs/07_stats.ipynb #7761253b
+# %% ../nbs/07_stats.ipynb #95dc64f3
 _WIDE_SPACES = tuple(c.encode() for c in map(chr, range(128, 0x3001)) if c.isspace()) # UTF-8 of the white space beyond ASCII
-_PIECE = 1 << 18 # bytes looked at in one go
+_PIECE = 1 << 19 # bytes looked at in one go
 
 def _pieces(data: np.ndarray) -> Iterator[tuple[int, np.ndarray]]: return ((a, data[a:a + _PIECE]) for a in range(0, len(data), _PIECE))
 
-def _positions(data: np.ndarray, byte: str) -> np.ndarray:
-    "Where a byte occurs."
-    found = [np.flatnonzero(x == ord(byte)) + a for a, x in _pieces(data)]
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+class _Look(NamedTuple):
+    "What one pass over a batch of bytes tells."
+    angles: np.ndarray # places of "<"
+    ticks: np.ndarray # first places of pieces that hold a backtick
+    wide: bool # whether there is any character beyond ASCII
 
-# %% ../nbs/07_stats.ipynb #eee62140
+def _look(data: np.ndarray) -> _Look:
+    "Where markers may begin, and whether backticks and wide characters are there at all."
+    angles, ticks, top = [np.zeros(0, np.int64)], [], 0
+    for a, x in _pieces(data):
+        angles.append((x == ord("<")).nonzero()[0] + a)
+        if (x == ord("`")).any(): ticks.append(a)
+        top = max(top, x.max())
+    return _Look(np.concatenate(angles), np.array(ticks, np.int64), bool(top >= 0x80))
+
 def _spaces(data: np.ndarray, wide: bool = True) -> np.ndarray:
     "True where a byte of UTF-8 text belongs to white space; `wide`: there may be characters beyond ASCII."
     space = np.empty(len(data), bool)
@@ -58,7 +67,7 @@ def _spaces(data: np.ndarray, wide: bool = True) -> np.ndarray:
         for i in range(len(mark)): space[at + i] = True
     return space
 
-# %% ../nbs/07_stats.ipynb #791004e7
+# %% ../nbs/07_stats.ipynb #8362c172
 def _turns(space: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     "A function of places p: how many words start after white space, up to and including p."
     packed = np.zeros((len(space) >> 6) + 1, np.uint64)
@@ -69,14 +78,14 @@ def _turns(space: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     before = np.concatenate([[0], np.cumsum(np.bitwise_count(packed), dtype=np.int64)])
     return lambda p: before[p >> 6] + np.bitwise_count(packed[p >> 6] & ((np.uint64(1) << (p & 63).astype(np.uint64)) - np.uint64(1)))
 
-# %% ../nbs/07_stats.ipynb #a50896de
+# %% ../nbs/07_stats.ipynb #a7d589a9
 def _words(space: np.ndarray, start: np.ndarray, end: np.ndarray, turns: Callable | None = None) -> np.ndarray:
     "Words in each stretch [start, end) of bytes: turns inside it, and a word at its beginning."
     if not len(space) or not len(start): return np.zeros(len(start), np.int64)
     turns, last = turns or _turns(space), np.maximum(end - 1, start)
     return turns(last) - turns(start) + ((end > start) & ~space[np.minimum(start, len(space) - 1)])
 
-# %% ../nbs/07_stats.ipynb #b7395873
+# %% ../nbs/07_stats.ipynb #e1f537e8
 def _strip(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Stretches of bytes without the white space at both ends."
     start, end = start.copy(), end.copy()
@@ -91,22 +100,36 @@ def _strip(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.nd
         start[i], end[i] = (start[i] + solid[0], start[i] + solid[-1] + 1) if len(solid) else (start[i], start[i])
     return start, end
 
-# %% ../nbs/07_stats.ipynb #a16fd7e1
+# %% ../nbs/07_stats.ipynb #04e851a8
 _MARKS = [(m.encode(), letter) for m, letter in _scanner("memento").letters.items()]
 _LONGEST = max(len(m) for m, _ in _MARKS)
+_N_WORDS = -(-_LONGEST // 8) # eights of bytes that hold a marker
 
-def _find_markers(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _as_words(mark: bytes) -> list[tuple[np.uint64, np.uint64]]:
+    "(mask, value) for each eight bytes of a marker."
+    eights = [mark[i:i + 8] for i in range(0, len(mark), 8)]
+    return [tuple(np.frombuffer(x.ljust(8, b"\0"), "<u8")[0] for x in (b"\xff" * len(e), e)) for e in eights]
+
+_MARK_WORDS = [(ord(letter), len(m), _as_words(m)) for m, letter in _MARKS]
+
+# %% ../nbs/07_stats.ipynb #e71ffdec
+def _words_at(data: np.ndarray, at: np.ndarray) -> list[np.ndarray]:
+    "The bytes that follow each place as little-endian integers of eight; zeros after the end."
+    reach = 8 * _N_WORDS
+    inside = np.searchsorted(at, len(data) - reach + 1)
+    end = np.concatenate([data[-reach:], np.zeros(reach, np.uint8)]) # the last places are read from a padded copy
+    eights = lambda x: np.ndarray((max(len(x) - 7, 0),), "<u8", x, strides=(1,))
+    late = at[inside:] - max(len(data) - reach, 0)
+    return [np.concatenate([eights(data)[at[:inside] + 8 * j], eights(end)[late + 8 * j]]) for j in range(_N_WORDS)]
+
+def _find_markers(data: np.ndarray, angles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Start, end and letter (as a byte) of all markers in a batch of bytes, in order; also across row ends."
-    at = _positions(data, "<")
-    at = at[np.isin(data[np.minimum(at + 1, len(data) - 1)], np.frombuffer(b"/t|", np.uint8))] if len(at) else at
-    window, inside = np.zeros((len(at), _LONGEST), np.uint8), np.searchsorted(at, len(data) - _LONGEST + 1)
-    if inside: # items of 17 bytes at every place of the batch, of which those at `at` are copied
-        window[:inside] = np.ndarray((len(data) - _LONGEST + 1,), f"V{_LONGEST}", data, strides=(1,))[at[:inside]].view(np.uint8).reshape(-1, _LONGEST)
-    for i in range(inside, len(at)): window[i, :len(data) - at[i]] = data[at[i]:]
-    letter, size = np.zeros(len(at), np.uint8), np.zeros(len(at), np.int64)
-    for mark, name in _MARKS:
-        hit = (window[:, :len(mark)] == np.frombuffer(mark, np.uint8)).all(axis=1)
-        letter[hit], size[hit] = ord(name), len(mark)
+    following = data[np.minimum(angles + 1, len(data) - 1)]
+    at = angles[(following == ord("|")) | (following == ord("/")) | (following == ord("t"))]
+    words, letter, size = _words_at(data, at), np.zeros(len(at), np.uint8), np.zeros(len(at), np.int64)
+    for name, length, parts in _MARK_WORDS:
+        hit = np.logical_and.reduce([(w & mask) == value for w, (mask, value) in zip(words, parts)])
+        letter[hit], size[hit] = name, length
     found = size > 0
     return at[found], (at + size)[found], letter[found]
 
@@ -118,7 +141,7 @@ def _bytes_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     first, last = (int(offsets[0]), int(offsets[-1])) if len(column) else (0, 0)
     return np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:last], (offsets - first if len(column) else np.zeros(1, np.int64))
 
-# %% ../nbs/07_stats.ipynb #4d1f1257
+# %% ../nbs/07_stats.ipynb #f28f29d4
 class _Batch(NamedTuple):
     "What a batch of rows looks like in bytes."
     data: np.ndarray # uint8, all texts end to end
@@ -128,15 +151,16 @@ class _Batch(NamedTuple):
     first: np.ndarray # index of the first marker of each regular row
     n_pairs: np.ndarray # pairs in each regular row
     regular: np.ndarray # numbers of the regular rows
-    wide: bool # whether any character is beyond ASCII
+    look: _Look # at all of it
 
-# %% ../nbs/07_stats.ipynb #a8112aed
+# %% ../nbs/07_stats.ipynb #31b77eb7
 _PAIRS = re.compile(b"T(?:BbSs)+t")
 
 def _scan_batch(column: pa.Array) -> _Batch:
     "Find the markers of a batch, and the rows that need no parser."
     data, rows = _bytes_of(column)
-    start, end, letter = _find_markers(data)
+    look = _look(data)
+    start, end, letter = _find_markers(data, look.angles)
     row = np.searchsorted(rows, start, "right") - 1
     bounds = np.searchsorted(start, rows) # markers of row i: bounds[i] to bounds[i + 1]
     across = np.unique(row[end > rows[row + 1]])
@@ -146,7 +170,7 @@ def _scan_batch(column: pa.Array) -> _Batch:
     regular = np.flatnonzero(ok)
     keep = ok[row] if len(row) else np.zeros(0, bool)
     counts = (bounds[1:] - bounds[:-1])[regular]
-    return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular, bool(data.size and data.max() >= 0x80))
+    return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular, look)
 
 # %% ../nbs/07_stats.ipynb #394e5599
 def _char_counter(data: np.ndarray, wide: bool = True) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -215,11 +239,11 @@ def _opening(first: np.ndarray, n_pairs: np.ndarray) -> np.ndarray:
     before = np.cumsum(n_pairs) - n_pairs # pairs in the rows before
     return np.repeat(first + 1 - 4 * before, n_pairs) + 4 * np.arange(n_pairs.sum())
 
-# %% ../nbs/07_stats.ipynb #17a6bb2d
+# %% ../nbs/07_stats.ipynb #e5a86ad0
 def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     "Sizes of the regular rows, from the offsets of their markers."
-    rows, n, chars = batch.regular, batch.n_pairs, _char_counter(batch.data, batch.wide)
-    space = _spaces(batch.data, batch.wide) if words or batch.wide else _AsciiSpaces(batch.data)
+    rows, n, chars = batch.regular, batch.n_pairs, _char_counter(batch.data, batch.look.wide)
+    space = _spaces(batch.data, batch.look.wide) if words or batch.look.wide else _AsciiSpaces(batch.data)
     turns = _turns(space) if words else None
     opening, of = _opening(batch.first, n), np.repeat(rows, n)
     blocks, mementos = (_contents(batch, chars, space, batch.end[i], batch.start[i + 1], of, turns) for i in (opening, opening + 2))
@@ -232,17 +256,15 @@ def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     sizes = np.stack([total, *raw, total - sum(raw) - marks - answer - prefix, marks, answer, n], axis=1)
     return _Measured(rows, sizes, np.ones(len(rows), bool), _issues_of(batch, blocks, mementos, opening), ["memento"] * len(rows), blocks, mementos, np.arange(len(blocks)))
 
-# %% ../nbs/07_stats.ipynb #4c1e35e9
+# %% ../nbs/07_stats.ipynb #e4abd9d5
 def _issues_of(batch: _Batch, blocks: np.ndarray, mementos: np.ndarray, opening: np.ndarray) -> list[list[str]]:
     "Issue codes of the regular rows, in the order in which the parser gives them."
     found: dict[int, list] = {}
     for table, code in ((blocks, "empty_block"), (mementos, "empty_summary")):
         for row, start, end, *_ in table[table[:, 3] == 0]: found.setdefault(row, []).append((start, end, code))
-    if re.search(b"`", batch.data): # stops at the first one
-        ticks = _positions(batch.data, "`")
-        a, b = batch.end[opening], batch.start[opening + 1]
-        raw = batch.data.tobytes()
-        for i in np.flatnonzero(np.searchsorted(ticks, b) > np.searchsorted(ticks, a)):
+    if len(batch.look.ticks):
+        a, b, raw = batch.end[opening], batch.start[opening + 1], batch.data.tobytes()
+        for i in np.flatnonzero(np.searchsorted(batch.look.ticks + _PIECE, a, "right") < np.searchsorted(batch.look.ticks, b)): # blocks that reach into such a piece
             if raw.count(b"```", a[i], b[i]) % 2: found.setdefault(blocks[i, 0], []).append((blocks[i, 2], blocks[i, 2], "marker_in_fence"))
     ends = batch.rows[batch.regular + 1]
     near = (batch.data[np.maximum(ends[:, None] - np.arange(2, _LONGEST), 0)] == ord("<")).any(axis=1) if len(ends) else ends
