@@ -119,6 +119,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tracebook.sources.LoadReport': ('sources.html#loadreport', 'tracebook/sources.py'),
                                    'tracebook.sources.LoadReport.__str__': ('sources.html#loadreport.__str__', 'tracebook/sources.py'),
                                    'tracebook.sources.Unreadable': ('sources.html#unreadable', 'tracebook/sources.py'),
+                                   'tracebook.sources.UnreadableRows': ('sources.html#unreadablerows', 'tracebook/sources.py'),
                                    'tracebook.sources._Story': ('sources.html#_story', 'tracebook/sources.py'),
                                    'tracebook.sources._as_column': ('sources.html#_as_column', 'tracebook/sources.py'),
                                    'tracebook.sources._batches_of_rows': ('sources.html#_batches_of_rows', 'tracebook/sources.py'),

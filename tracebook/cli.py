@@ -197,7 +197,7 @@ def _run(args: argparse.Namespace) -> tuple[int, str | None]:
         return 1, f"{type(e).__name__}: {e} (this is a fault of tracebook; TRACEBOOK_DEBUG=1 shows where)"
     return 0, None
 
-# %% ../nbs/16_cli.ipynb #0f968d83
+# %% ../nbs/16_cli.ipynb #9f2dfd30
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the process
 ) -> int: # 0 done, 1 bad input, 2 wrong call, 130 interrupted
@@ -206,10 +206,13 @@ def main(
     except SystemExit as e: return int(e.code or 0)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    from tracebook.sources import UnreadableRows
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # those of other libraries are not for the user of a command
+        warnings.simplefilter("always", UnreadableRows)
+        warnings.showwarning = lambda message, *_, **__: said.append(str(message))
         code, error = _run(args)
-    for w in caught:
-        if issubclass(w.category, UserWarning): print(f"tracebook: warning: {_one_line(str(w.message))}", file=sys.stderr)
+    for message in said: print(f"tracebook: warning: {_one_line(message)}", file=sys.stderr)
     if error: print(f"tracebook: error: {_one_line(error)}", file=sys.stderr)
     return code
