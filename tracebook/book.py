@@ -83,7 +83,7 @@ def render_trace(
     parts = [_headline(trace), *map(_issue_line, trace.issues), *_body(trace, width), Text("\nFinal answer", "bold green"), answer]
     (console or Console(highlight=False)).print(Group(*parts))
 
-# %% ../nbs/15_book.ipynb #d784139b
+# %% ../nbs/15_book.ipynb #b30d9b44
 _MAX_TEXT, _MAX_PARTS = 20_000, 300 # characters of one text, and parts of one trace, on the page
 
 def _shown(text: str, cut: list[int]) -> str:
@@ -95,13 +95,14 @@ def _brief(text: str, limit: int = 200) -> str:
     "A name for the page, not too long."
     return visible(text if len(text) <= limit else text[:limit - 1] + "…")
 
+# %% ../nbs/15_book.ipynb #58d8b803
 def _pair_part(trace: Trace, pair: Pair, ident: str, cut: list[int]) -> dict:
     block, memento = trace.text_of(pair.block), trace.text_of(pair.memento)
     return dict(kind="pair", id=f"{ident}-b{pair.index}", index=pair.index, block=_shown(block, cut), memento=None if memento is None else _shown(memento, cut),
         block_characters=len(block), memento_characters=len(memento or ""), block_words=len(block.split()), memento_words=len((memento or "").split()),
         ratio=_pair_ratio(pair), complete=pair.block.complete, memento_complete=pair.memento is None or pair.memento.complete)
 
-# %% ../nbs/15_book.ipynb #9361df46
+# %% ../nbs/15_book.ipynb #486ded2f
 def _parts(trace: Trace, ident: str, cut: list[int]) -> Iterator[dict]:
     "The parts of a trace in the order of the text."
     owned, spans, inside = {p.memento for p in trace.pairs}, [s for s in trace.spans if s.kind not in ("block", "marker")], _inside(trace.sections)
@@ -112,14 +113,14 @@ def _parts(trace: Trace, ident: str, cut: list[int]) -> Iterator[dict]:
         kind = "reasoning" if item.kind == "gap" and not trace.pairs and inside(item) else item.kind
         if text.strip() or kind in ("answer", "memento"): yield dict(kind=kind, text=_shown(text, cut), characters=len(text))
 
-# %% ../nbs/15_book.ipynb #a326ef44
+# %% ../nbs/15_book.ipynb #f6cd47e3
 def _accounts(trace: Trace) -> list[dict]:
     "Characters by kind of span: together, all there are."
     sizes = Counter({k: 0 for k in ("block", "memento", "marker", "gap", "prefix", "answer")})
     for s in trace.spans: sizes[s.kind] += s.size
     return [dict(kind=k, characters=n, share=n / len(trace.text) if trace.text else 0.0) for k, n in sizes.items()]
 
-# %% ../nbs/15_book.ipynb #fd9c82ec
+# %% ../nbs/15_book.ipynb #e556dfb6
 def _trace_item(row: dict, index: int) -> dict:
     "Everything that the page shows of one row."
     trace, ident, cut = parse(row["response"]), f"t-{index}", []
@@ -137,7 +138,7 @@ def _trace_item(row: dict, index: int) -> dict:
         ratio=f"{sizes[0] / sizes[1]:.2f}" if sizes[1] else "–", complete=trace.is_complete, issues=[i._asdict() | dict(message=visible(i.message)) for i in trace.issues[:_MAX_PARTS]],
         accounts=_accounts(trace), note=" ".join(notes) or None, parts=parts, answer_missing=trace.answer is None)
 
-# %% ../nbs/15_book.ipynb #5bb51d90
+# %% ../nbs/15_book.ipynb #6e008da3
 def _health(table: pa.Table, blocks: pa.Table, report: LoadReport) -> dict:
     "The numbers of the overview."
     per_trace = table["issues"].to_pylist()
@@ -149,7 +150,7 @@ def _health(table: pa.Table, blocks: pa.Table, report: LoadReport) -> dict:
         unreadable=len(report.unreadable), characters=total("chars"), pairs=blocks["summ_chars"].length() - blocks["summ_chars"].null_count,
         blocks=len(blocks), mementos=total("n_mementos"), codes=codes)
 
-# %% ../nbs/15_book.ipynb #3be3a318
+# %% ../nbs/15_book.ipynb #37c76578
 def _number(x: float | None) -> str:
     "Three significant digits below 100, whole numbers above; a dash for None."
     return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
@@ -161,7 +162,7 @@ def _stat(index: dict, group: str, metric: str, level: str, show: str = "iqr") -
     low, high = (r["q25"], r["q75"]) if show == "iqr" else (r["ci_low"], r["ci_high"])
     return _number(r["median"]) + ("" if low is None else f"\n{_number(low)} to {_number(high)}")
 
-# %% ../nbs/15_book.ipynb #edaf4e8b
+# %% ../nbs/15_book.ipynb #82d71b7a
 _DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands below
     ("blocks", "Blocks", "median over traces, quartiles below", "n_blocks", "trace", "iqr"),
     ("block", "Block, characters", "median over blocks, quartiles below", "block_chars_raw", "block", "iqr"),
@@ -171,7 +172,7 @@ _DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands below
     ("words", "Ratio in words", "compress_word: all mementos / all blocks of a trace in words, median over traces, 95 % interval below", "compress_word", "trace", "ci"),
 ]
 
-# %% ../nbs/15_book.ipynb #a983c836
+# %% ../nbs/15_book.ipynb #7595a7e6
 def _domain_table(summary: Summary, table: pa.Table) -> dict:
     "The per-domain table as the page wants it."
     index, domains = summary.index, [{None: "(none)", "all": f"all ({summary.by})"}.get(d, d) for d in table[summary.by].to_pylist()]
@@ -185,7 +186,7 @@ def _domain_table(summary: Summary, table: pa.Table) -> dict:
     caption = "A ratio is memento divided by block. Sizes have their quartiles below them, ratios the 95 % bootstrap interval of the median; a dash is undefined."
     return dict(columns=columns, rows=rows, caption=caption + (f" The {len(counts) - len(shown):,} smallest domains are left out of this table." if len(counts) > len(shown) else ""))
 
-# %% ../nbs/15_book.ipynb #c953f16f
+# %% ../nbs/15_book.ipynb #d122a279
 def _paper_table(summary: Summary) -> dict | None:
     "Our figures beside the published ones; None if the corpus has none of their domains."
     rows = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None]
@@ -196,7 +197,7 @@ def _paper_table(summary: Summary) -> dict | None:
     return dict(columns=[dict(key=k, label=l, help="", numeric=n) for k, l, n in columns], rows=shown,
         caption=f"Figures that the card and the paper of microsoft/OpenMementos publish for {sum(PAPER_ROWS.values()):,} traces, and those of this corpus, with their 95 % bootstrap intervals below.")
 
-# %% ../nbs/15_book.ipynb #60e7ee5c
+# %% ../nbs/15_book.ipynb #acb31bab
 _INK = "#010203" # a colour that no plot uses
 _SVG_STYLE = {k: _INK for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")} | {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
@@ -207,7 +208,7 @@ def _svg(fig: Figure) -> Markup:
     text = re.sub(r'style="[^"]*"', lambda m: m[0].replace(_INK, "currentColor"), out.getvalue()) # in styles only, not in words
     return Markup(text[text.index("<svg"):].replace("<svg ", '<svg preserveAspectRatio="xMidYMid meet" ', 1))
 
-# %% ../nbs/15_book.ipynb #c5bf7d50
+# %% ../nbs/15_book.ipynb #5d8d3b78
 def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
     "All plots of a corpus for the page."
     out = []
@@ -220,7 +221,7 @@ def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
             out.append(dict(id=name, title=title, caption=caption, alt=f"{title}. {caption}", svg=svg))
     return out
 
-# %% ../nbs/15_book.ipynb #d245b0c0
+# %% ../nbs/15_book.ipynb #1c7a1380
 class Book(NamedTuple):
     "A book that was made."
     path: Path # where it lies
@@ -232,14 +233,14 @@ class Book(NamedTuple):
     figures: int # plots
     size: int # bytes
 
-# %% ../nbs/15_book.ipynb #1b2dd03d
+# %% ../nbs/15_book.ipynb #6cf7de95
 def _choose(rows: Dataset, max_traces: int, max_chars: int, sizes: list[int]) -> int:
     "How many rows go into the reader."
     n, total = 0, 0
     while n < min(len(rows), max_traces) and (n == 0 or total + sizes[n] <= max_chars): total += min(sizes[n], max_chars); n += 1
     return n
 
-# %% ../nbs/15_book.ipynb #e71e60f2
+# %% ../nbs/15_book.ipynb #4e39db24
 def _as_dataset(rows: Any) -> tuple[Dataset, LoadReport]:
     "Rows that can be gone through twice, and the report of how they were read."
     if not hasattr(rows, "_load_report"): rows = load_traces(rows)
@@ -252,7 +253,7 @@ def _environment() -> Environment:
     env.filters["n"] = lambda x: f"{x:,}"
     return env
 
-# %% ../nbs/15_book.ipynb #0d64a633
+# %% ../nbs/15_book.ipynb #926a191d
 def make_book(
     rows: Any, # what `load_traces` returns or takes
     path: str | Path = "tracebook.html", # where the file shall lie
