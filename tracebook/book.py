@@ -54,7 +54,7 @@ def _issue_line(issue: Issue) -> Text:
     style = dict(error="red", warn="yellow", info="cyan")[issue.severity]
     return Text.assemble((issue.severity, style), " ", (issue.code, "bold"), f" at {issue.start:,}: {visible(issue.message)}")
 
-# %% ../nbs/15_book.ipynb #a5a6c207
+# %% ../nbs/15_book.ipynb #310110a6
 def _body(trace: Trace, width: int) -> Iterator[Text]:
     "Pairs, orphans and other reasoning of a trace, in order."
     owned = {p.memento for p in trace.pairs}
@@ -70,7 +70,7 @@ def _body(trace: Trace, width: int) -> Iterator[Text]:
         if m not in owned: yield from (Text(f"\nMemento without a block  ({m.size:,} characters)", "bold yellow"), _cut(trace.text_of(m), width))
     if not trace.pairs and trace.reasoning: yield from (Text(f"\nReasoning  ({len(trace.reasoning):,} characters)", "bold blue"), _cut(trace.reasoning, width))
 
-# %% ../nbs/15_book.ipynb #83d5e2b4
+# %% ../nbs/15_book.ipynb #6634942d
 def render_trace(
     response: str | Trace, # a response in any dialect, or a trace
     width: int = 220, # characters of each text; the answer gets twice as many
@@ -83,7 +83,7 @@ def render_trace(
     parts = [_headline(trace), *map(_issue_line, trace.issues), *_body(trace, width), Text("\nFinal answer", "bold green"), answer]
     (console or Console(highlight=False)).print(Group(*parts))
 
-# %% ../nbs/15_book.ipynb #b30d9b44
+# %% ../nbs/15_book.ipynb #dd7464f9
 _MAX_TEXT, _MAX_PARTS = 20_000, 300 # characters of one text, and parts of one trace, on the page
 
 def _shown(text: str, cut: list[int]) -> str:
@@ -95,14 +95,14 @@ def _brief(text: str, limit: int = 200) -> str:
     "A name for the page, not too long."
     return visible(text if len(text) <= limit else text[:limit - 1] + "…")
 
-# %% ../nbs/15_book.ipynb #58d8b803
+# %% ../nbs/15_book.ipynb #0de5738a
 def _pair_part(trace: Trace, pair: Pair, ident: str, cut: list[int]) -> dict:
     block, memento = trace.text_of(pair.block), trace.text_of(pair.memento)
     return dict(kind="pair", id=f"{ident}-b{pair.index}", index=pair.index, block=_shown(block, cut), memento=None if memento is None else _shown(memento, cut),
         block_characters=len(block), memento_characters=len(memento or ""), block_words=len(block.split()), memento_words=len((memento or "").split()),
         ratio=_pair_ratio(pair), complete=pair.block.complete, memento_complete=pair.memento is None or pair.memento.complete)
 
-# %% ../nbs/15_book.ipynb #486ded2f
+# %% ../nbs/15_book.ipynb #bfa1a156
 def _parts(trace: Trace, ident: str, cut: list[int]) -> Iterator[dict]:
     "The parts of a trace in the order of the text."
     owned, spans, inside = {p.memento for p in trace.pairs}, [s for s in trace.spans if s.kind not in ("block", "marker")], _inside(trace.sections)
@@ -113,14 +113,14 @@ def _parts(trace: Trace, ident: str, cut: list[int]) -> Iterator[dict]:
         kind = "reasoning" if item.kind == "gap" and not trace.pairs and inside(item) else item.kind
         if text.strip() or kind in ("answer", "memento"): yield dict(kind=kind, text=_shown(text, cut), characters=len(text))
 
-# %% ../nbs/15_book.ipynb #f6cd47e3
+# %% ../nbs/15_book.ipynb #911349b4
 def _accounts(trace: Trace) -> list[dict]:
     "Characters by kind of span: together, all there are."
     sizes = Counter({k: 0 for k in ("block", "memento", "marker", "gap", "prefix", "answer")})
     for s in trace.spans: sizes[s.kind] += s.size
     return [dict(kind=k, characters=n, share=n / len(trace.text) if trace.text else 0.0) for k, n in sizes.items()]
 
-# %% ../nbs/15_book.ipynb #e556dfb6
+# %% ../nbs/15_book.ipynb #80ab53e5
 def _trace_item(row: dict, index: int) -> dict:
     "Everything that the page shows of one row."
     trace, ident, cut = parse(row["response"]), f"t-{index}", []
@@ -138,7 +138,7 @@ def _trace_item(row: dict, index: int) -> dict:
         ratio=f"{sizes[0] / sizes[1]:.2f}" if sizes[1] else "–", complete=trace.is_complete, issues=[i._asdict() | dict(message=visible(i.message)) for i in trace.issues[:_MAX_PARTS]],
         accounts=_accounts(trace), note=" ".join(notes) or None, parts=parts, answer_missing=trace.answer is None)
 
-# %% ../nbs/15_book.ipynb #6e008da3
+# %% ../nbs/15_book.ipynb #bcf16ea1
 def _health(table: pa.Table, blocks: pa.Table, report: LoadReport) -> dict:
     "The numbers of the overview."
     per_trace = table["issues"].to_pylist()
@@ -150,7 +150,7 @@ def _health(table: pa.Table, blocks: pa.Table, report: LoadReport) -> dict:
         unreadable=len(report.unreadable), characters=total("chars"), pairs=blocks["summ_chars"].length() - blocks["summ_chars"].null_count,
         blocks=len(blocks), mementos=total("n_mementos"), codes=codes)
 
-# %% ../nbs/15_book.ipynb #37c76578
+# %% ../nbs/15_book.ipynb #25753be2
 def _number(x: float | None) -> str:
     "Three significant digits below 100, whole numbers above; a dash for None."
     return "–" if x is None else f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
@@ -162,7 +162,7 @@ def _stat(index: dict, group: str, metric: str, level: str, show: str = "iqr") -
     low, high = (r["q25"], r["q75"]) if show == "iqr" else (r["ci_low"], r["ci_high"])
     return _number(r["median"]) + ("" if low is None else f"\n{_number(low)} to {_number(high)}")
 
-# %% ../nbs/15_book.ipynb #82d71b7a
+# %% ../nbs/15_book.ipynb #87a720ca
 _DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands below
     ("blocks", "Blocks", "median over traces, quartiles below", "n_blocks", "trace", "iqr"),
     ("block", "Block, characters", "median over blocks, quartiles below", "block_chars_raw", "block", "iqr"),
@@ -172,7 +172,7 @@ _DOMAIN_COLUMNS = [ # key, label, help, metric, level, which range stands below
     ("words", "Ratio in words", "compress_word: all mementos / all blocks of a trace in words, median over traces, 95 % interval below", "compress_word", "trace", "ci"),
 ]
 
-# %% ../nbs/15_book.ipynb #7595a7e6
+# %% ../nbs/15_book.ipynb #c35869cb
 def _domain_table(summary: Summary, table: pa.Table) -> dict:
     "The per-domain table as the page wants it."
     index, domains = summary.index, [{None: "(none)", "all": f"all ({summary.by})"}.get(d, d) for d in table[summary.by].to_pylist()]
@@ -186,7 +186,7 @@ def _domain_table(summary: Summary, table: pa.Table) -> dict:
     caption = "A ratio is memento divided by block. Sizes have their quartiles below them, ratios the 95 % bootstrap interval of the median; a dash is undefined."
     return dict(columns=columns, rows=rows, caption=caption + (f" The {len(counts) - len(shown):,} smallest domains are left out of this table." if len(counts) > len(shown) else ""))
 
-# %% ../nbs/15_book.ipynb #d122a279
+# %% ../nbs/15_book.ipynb #e9fabbfe
 def _paper_table(summary: Summary) -> dict | None:
     "Our figures beside the published ones; None if the corpus has none of their domains."
     rows = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None]
@@ -197,7 +197,7 @@ def _paper_table(summary: Summary) -> dict | None:
     return dict(columns=[dict(key=k, label=l, help="", numeric=n) for k, l, n in columns], rows=shown,
         caption=f"Figures that the card and the paper of microsoft/OpenMementos publish for {sum(PAPER_ROWS.values()):,} traces, and those of this corpus, with their 95 % bootstrap intervals below.")
 
-# %% ../nbs/15_book.ipynb #acb31bab
+# %% ../nbs/15_book.ipynb #1e5ce479
 _INK = "#010203" # a colour that no plot uses
 _SVG_STYLE = {k: _INK for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")} | {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
@@ -208,7 +208,7 @@ def _svg(fig: Figure) -> Markup:
     text = re.sub(r'style="[^"]*"', lambda m: m[0].replace(_INK, "currentColor"), out.getvalue()) # in styles only, not in words
     return Markup(text[text.index("<svg"):].replace("<svg ", '<svg preserveAspectRatio="xMidYMid meet" ', 1))
 
-# %% ../nbs/15_book.ipynb #5d8d3b78
+# %% ../nbs/15_book.ipynb #ccc7179c
 def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
     "All plots of a corpus for the page."
     out = []
@@ -221,7 +221,7 @@ def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
             out.append(dict(id=name, title=title, caption=caption, alt=f"{title}. {caption}", svg=svg))
     return out
 
-# %% ../nbs/15_book.ipynb #1c7a1380
+# %% ../nbs/15_book.ipynb #28284dbd
 class Book(NamedTuple):
     "A book that was made."
     path: Path # where it lies
@@ -233,14 +233,14 @@ class Book(NamedTuple):
     figures: int # plots
     size: int # bytes
 
-# %% ../nbs/15_book.ipynb #6cf7de95
+# %% ../nbs/15_book.ipynb #14b8a3f2
 def _choose(rows: Dataset, max_traces: int, max_chars: int, sizes: list[int]) -> int:
     "How many rows go into the reader."
     n, total = 0, 0
     while n < min(len(rows), max_traces) and (n == 0 or total + sizes[n] <= max_chars): total += min(sizes[n], max_chars); n += 1
     return n
 
-# %% ../nbs/15_book.ipynb #4e39db24
+# %% ../nbs/15_book.ipynb #ac4aa216
 def _as_dataset(rows: Any) -> tuple[Dataset, LoadReport]:
     "Rows that can be gone through twice, and the report of how they were read."
     if not hasattr(rows, "_load_report"): rows = load_traces(rows)
@@ -253,7 +253,7 @@ def _environment() -> Environment:
     env.filters["n"] = lambda x: f"{x:,}"
     return env
 
-# %% ../nbs/15_book.ipynb #926a191d
+# %% ../nbs/15_book.ipynb #7fdc4bf4
 def make_book(
     rows: Any, # what `load_traces` returns or takes
     path: str | Path = "tracebook.html", # where the file shall lie

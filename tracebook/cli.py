@@ -51,14 +51,14 @@ def _common(default: str | None) -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print JSON for machines")
     return p
 
-# %% ../nbs/16_cli.ipynb #7b585e2a
+# %% ../nbs/16_cli.ipynb #7a793d4c
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors can be shown."
     def error(self, message: str):
         from tracebook.trace import visible
         super().error(visible(message))
 
-# %% ../nbs/16_cli.ipynb #7ba12f8e
+# %% ../nbs/16_cli.ipynb #74628159
 def _parser() -> argparse.ArgumentParser:
     "The whole command."
     top = _Parser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
@@ -77,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--out", metavar="FILE", help="write to FILE instead of the screen")
     return top
 
-# %% ../nbs/16_cli.ipynb #fd0f1612
+# %% ../nbs/16_cli.ipynb #3cf89d64
 def _one_response(raw: bytes, name: str) -> list[dict]:
     if not raw.strip(): raise ValueError(f"{name} is empty (empty_file)")
     try: return [dict(response=raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))]
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (byte 0x{raw[e.start]:02x} at byte {e.start})") from None
 
-# %% ../nbs/16_cli.ipynb #77de3d8e
+# %% ../nbs/16_cli.ipynb #3a2f6799
 def _stdin_rows(raw: bytes) -> Any:
     "JSON Lines, a JSON list of rows, or one response."
     start = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -94,7 +94,7 @@ def _stdin_rows(raw: bytes) -> Any:
         if rows and all(isinstance(r, kind) for r in rows): return rows if kind is dict else [dict(response=r) for r in rows]
     return _one_response(raw, "standard input")
 
-# %% ../nbs/16_cli.ipynb #04873917
+# %% ../nbs/16_cli.ipynb #f919bc9d
 def _open(args: argparse.Namespace) -> Any:
     "The rows that a call asks for."
     from tracebook.sources import _is_hub_name, load_traces, sample_traces
@@ -107,7 +107,7 @@ def _open(args: argparse.Namespace) -> Any:
     elif _is_hub_name(source): limit, sample = 1000 if limit is None else limit, args.sample or "shards"
     return load_traces(source, args.config, args.split, limit, sample, args.seed, dict(args.column_map) or None)
 
-# %% ../nbs/16_cli.ipynb #f58c8352
+# %% ../nbs/16_cli.ipynb #6d90cadd
 def _book(args: argparse.Namespace) -> None:
     from tracebook.book import make_book
     rows = _open(args)
@@ -120,7 +120,7 @@ def _book(args: argparse.Namespace) -> None:
     domains = f" in {_count(book.domains, 'domain')}" if book.domains else ""
     print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {_count(book.figures, 'plot')}; {shown} to read. Open it in a browser.")
 
-# %% ../nbs/16_cli.ipynb #755de128
+# %% ../nbs/16_cli.ipynb #91a11186
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     "A rich table; numbers to the right."
     from rich.table import Table
@@ -132,7 +132,7 @@ def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     for row in rows: table.add_row(*(Text(visible(x) if isinstance(x, str) else _number(x)) for x in row))
     return table
 
-# %% ../nbs/16_cli.ipynb #2ae47797
+# %% ../nbs/16_cli.ipynb #3b68b822
 def _write_table(table: Any, path: str) -> None:
     "One row a trace, in the format that the name asks for."
     from tracebook.sources import write_whole
@@ -145,7 +145,7 @@ def _write_table(table: Any, path: str) -> None:
         pyarrow.csv.write_csv(table.set_column(table.column_names.index("issues"), "issues", [codes]), out)
     write_whole(path, out.getvalue())
 
-# %% ../nbs/16_cli.ipynb #23dd00a4
+# %% ../nbs/16_cli.ipynb #34490e32
 def _stats(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.sources import load_report
@@ -165,7 +165,7 @@ def _stats(args: argparse.Namespace) -> None:
     ours = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None and r["group"] != "all"]
     if ours: console.print(_table("Beside the published figures of OpenMementos", ["figure", "group", "published", "here"], [(r["statistic"], r["group"], r["published"], round(r["ours"], 3)) for r in ours]))
 
-# %% ../nbs/16_cli.ipynb #5e593aff
+# %% ../nbs/16_cli.ipynb #b8b33cb8
 def _parse(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.book import render_trace
@@ -181,7 +181,7 @@ def _parse(args: argparse.Namespace) -> None:
         render_trace(trace, args.width, console)
     if args.out: write_whole(args.out, file.getvalue())
 
-# %% ../nbs/16_cli.ipynb #26108dd4
+# %% ../nbs/16_cli.ipynb #23d7949f
 def _one_line(message: str) -> str:
     from tracebook.trace import visible
     return visible(" ".join(message.split()))
@@ -199,7 +199,7 @@ def _run(args: argparse.Namespace) -> tuple[int, str | None]:
         return 1, f"{type(e).__name__}: {e} (this is a fault of tracebook; TRACEBOOK_DEBUG=1 shows where)"
     return 0, None
 
-# %% ../nbs/16_cli.ipynb #a20dd3e5
+# %% ../nbs/16_cli.ipynb #7a1571e2
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the process
 ) -> int: # 0 done, 1 bad input, 2 wrong call, 130 interrupted

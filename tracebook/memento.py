@@ -81,7 +81,7 @@ class _Scanner(NamedTuple):
     first: str # the character that all markers begin with
     longest: int # length of the longest marker
 
-# %% ../nbs/01_memento.ipynb #3c1e9eff
+# %% ../nbs/01_memento.ipynb #6786727b
 @cache
 def _scanner(name: str, relaxed: bool = False, fences: bool = False) -> _Scanner:
     letters = {m: _LETTERS[r] for m, r in DIALECTS[name].roles.items() if r in _LETTERS}
@@ -93,13 +93,13 @@ def _scanner(name: str, relaxed: bool = False, fences: bool = False) -> _Scanner
     prefixes = frozenset(m[:k] for m in letters for k in range(1, len(m)))
     return _Scanner(re.compile(f"({markers})", re.MULTILINE), letters, prefixes, first, max(map(len, letters), default=0))
 
-# %% ../nbs/01_memento.ipynb #e105265d
+# %% ../nbs/01_memento.ipynb #607661f2
 def _partial(text: str, scan: _Scanner, least: int = 1) -> int:
     "Length of the beginning of a marker at the end of a text; 0 if it is shorter than `least`."
     at = text.rfind(scan.first, max(len(text) - scan.longest, 0))
     return len(text) - at if at >= 0 and text[at:] in scan.prefixes and len(text) - at >= least else 0
 
-# %% ../nbs/01_memento.ipynb #3a4ecb90
+# %% ../nbs/01_memento.ipynb #3fd27150
 _STEPS = { # state: {letter: (kind of the text before the marker, complete, issue, next state)}
     "pre": {"T": ("prefix", True, None, "in"), "b": (None, True, "stray_block_end", ""), "s": (None, True, "stray_summary_end", "")},
     "in": {"B": ("gap", True, None, "block"), "S": ("gap", True, None, "memento"), "t": ("gap", True, None, "out"),
@@ -111,7 +111,7 @@ _STEPS = { # state: {letter: (kind of the text before the marker, complete, issu
     "out": {"t": (None, True, "stray_think_close", ""), **{c: (None, True, "marker_in_answer", "") for c in "BbSs"}},
 }
 
-# %% ../nbs/01_memento.ipynb #62ff019c
+# %% ../nbs/01_memento.ipynb #21c972a4
 class _Reader:
     "Events in, spans out: the flat state machine, which can stop at any event and go on later."
     def __init__(self, assume_thinking: bool = False):
@@ -128,7 +128,7 @@ class _Reader:
         while self.other < len(events) and events[self.other][0] == "t": self.other += 1
         return events[self.other][0] if self.other < len(events) else None
 
-# %% ../nbs/01_memento.ipynb #bbbd2770
+# %% ../nbs/01_memento.ipynb #a364ee22
 @patch
 def closes_after(self: _Reader, i: int) -> bool:
     "Whether any event after `i` closes thinking."
@@ -137,7 +137,7 @@ def closes_after(self: _Reader, i: int) -> bool:
     self.seen = n
     return self.last_close > i
 
-# %% ../nbs/01_memento.ipynb #b4762af7
+# %% ../nbs/01_memento.ipynb #e9f18bfa
 @patch
 def decide(self: _Reader, i: int, final: bool) -> tuple | None:
     "The step for an event that the table leaves open; None: wait for more text."
@@ -155,7 +155,7 @@ def decide(self: _Reader, i: int, final: bool) -> tuple | None:
     if following is None and not final: return None
     return (None, True, quoted, "") if following == closer else (kind, False, cut, "out")
 
-# %% ../nbs/01_memento.ipynb #31d0002c
+# %% ../nbs/01_memento.ipynb #a8ce9a92
 @patch
 def run(self: _Reader, final: bool) -> None:
     "Read the events as far as they can be decided; all of them if no more will come."
@@ -173,7 +173,7 @@ def run(self: _Reader, final: bool) -> None:
         if letter == "T": self.opened = start
         self.pos, self.state, steps = end, state, _STEPS[state]
 
-# %% ../nbs/01_memento.ipynb #821b7448
+# %% ../nbs/01_memento.ipynb #394b064a
 @patch
 def finish(self: _Reader, size: int) -> None:
     "Close what is open at the end of a text of `size` characters."
@@ -185,7 +185,7 @@ def finish(self: _Reader, size: int) -> None:
         self.found.append(("unclosed_think", self.opened, size))
     if size > self.pos or kind in ("block", "memento") or state == "out": self.spans.append(Span(kind, self.pos, size, kind == "answer"))
 
-# %% ../nbs/01_memento.ipynb #077560d2
+# %% ../nbs/01_memento.ipynb #795d0c88
 def _pair_up(spans: Iterable[Span], pairing: str) -> tuple[list[list], list[Span]]:
     "[block, memento or None] in order, and the mementos that found no block."
     links, free, orphans = [], [], []
@@ -199,7 +199,7 @@ def _pair_up(spans: Iterable[Span], pairing: str) -> tuple[list[list], list[Span
             else: orphans.append(span)
     return links, orphans
 
-# %% ../nbs/01_memento.ipynb #107f97bb
+# %% ../nbs/01_memento.ipynb #006424cc
 class _Serving:
     "The block machine of the serving engine: microsoft/memento, vllm/vllm/v1/core/block_masking."
     def __init__(self, pairing: str):
@@ -220,7 +220,7 @@ class _Serving:
         heappush(self.free, -self.open.pop())
         return True
 
-# %% ../nbs/01_memento.ipynb #8ca47802
+# %% ../nbs/01_memento.ipynb #02b6bf3c
 @patch
 def S(self: _Serving, at: int) -> bool:
     "Start a summary of the latest free block; False if there is none."
@@ -229,7 +229,7 @@ def S(self: _Serving, at: int) -> bool:
     self.blocks[self.current][2] = at
     return True
 
-# %% ../nbs/01_memento.ipynb #5f340836
+# %% ../nbs/01_memento.ipynb #7c57c059
 @patch
 def s(self: _Serving, at: int) -> bool:
     "End the current summary; False if there is none."
@@ -237,7 +237,7 @@ def s(self: _Serving, at: int) -> bool:
     self.blocks[self.current][3], self.current = at, None
     return True
 
-# %% ../nbs/01_memento.ipynb #b760ecf0
+# %% ../nbs/01_memento.ipynb #c01e5895
 class TokenBlock(NamedTuple):
     "Positions of the four markers of a block in a sequence of tokens; None where one is absent."
     block_start: int # position of <|block_start|>
@@ -245,7 +245,7 @@ class TokenBlock(NamedTuple):
     summary_start: int | None # position of <|summary_start|>
     summary_end: int | None # position of <|summary_end|>; None: the block is not complete
 
-# %% ../nbs/01_memento.ipynb #1bb6dedf
+# %% ../nbs/01_memento.ipynb #23d6cea4
 def _marker_ids(token_ids: Mapping[str, int]) -> dict[int, str]:
     "Token id -> letter, from the names of the roles."
     missing = [r for r in ("block_start", "block_end", "summary_start", "summary_end") if token_ids.get(r) is None]
@@ -256,7 +256,7 @@ def _marker_ids(token_ids: Mapping[str, int]) -> dict[int, str]:
     if len(out) != sum(i is not None for i in token_ids.values()): raise ValueError("token_ids gives one id to two roles")
     return out
 
-# %% ../nbs/01_memento.ipynb #169089cf
+# %% ../nbs/01_memento.ipynb #b1f2c271
 def parse_memento_ids(
     ids: Sequence[int], # token ids of the whole sequence: list, numpy array or 1-D tensor
     token_ids: Mapping[str, int], # ids of block_start, block_end, summary_start, summary_end; think_start and think_end if there are any
@@ -274,14 +274,14 @@ def parse_memento_ids(
         elif thinking: getattr(machine, letter)(int(at))
     return [TokenBlock(*b) for b in machine.blocks]
 
-# %% ../nbs/01_memento.ipynb #3b977a0c
+# %% ../nbs/01_memento.ipynb #da4a0a17
 _CHOICES = dict(pairing=("adjacent", "vllm"), nesting=("flat", "stack"), fences=("marker", "literal"))
 
 def _check(**options) -> None:
     for name, value in options.items():
         if value not in _CHOICES[name]: raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(_CHOICES[name])}")
 
-# %% ../nbs/01_memento.ipynb #3fc03bde
+# %% ../nbs/01_memento.ipynb #e640645e
 class _StackReader(_Reader):
     "The reader with nested blocks: inside the reasoning, markers go to the serving machine."
     def __init__(self, pairing: str, assume_thinking: bool = False):
@@ -294,7 +294,7 @@ class _StackReader(_Reader):
         if self.depth is not None and len(self.machine.open) <= self.depth: return "memento"
         return "block" if self.machine.open else "gap"
 
-# %% ../nbs/01_memento.ipynb #613b9c6c
+# %% ../nbs/01_memento.ipynb #6bf7b216
 @patch
 def inside(self: _StackReader, i: int, final: bool) -> bool | None:
     "Hand one event to the machine; whether it is structure, or None: wait."
@@ -319,7 +319,7 @@ def inside(self: _StackReader, i: int, final: bool) -> bool | None:
     else: note(("stray_summary_end", start, end))
     return False
 
-# %% ../nbs/01_memento.ipynb #b13b053c
+# %% ../nbs/01_memento.ipynb #858bffa9
 @patch
 def start_summary(self: _StackReader, start: int, end: int) -> bool:
     "A summary that finds a block abandons an open one; one that finds none is text, or an orphan where nothing is open."
@@ -335,7 +335,7 @@ def start_summary(self: _StackReader, start: int, end: int) -> bool:
     self.depth = len(self.machine.open)
     return True
 
-# %% ../nbs/01_memento.ipynb #47cd7de6
+# %% ../nbs/01_memento.ipynb #ca01e77e
 @patch
 def abandon(self: _StackReader, code: str, start: int, end: int) -> None:
     "The open memento ends here, incomplete."
@@ -344,7 +344,7 @@ def abandon(self: _StackReader, code: str, start: int, end: int) -> None:
     self.found.append((code, start, end))
     self.machine.current = self.depth = None
 
-# %% ../nbs/01_memento.ipynb #3b1cdcc7
+# %% ../nbs/01_memento.ipynb #a232b6af
 @patch
 def close_thinking(self: _StackReader, i: int, final: bool) -> bool | None:
     "A closing tag: a quotation if the innermost thing goes on after it, else the end of everything open."
@@ -359,7 +359,7 @@ def close_thinking(self: _StackReader, i: int, final: bool) -> bool | None:
     self.state = "out"
     return True
 
-# %% ../nbs/01_memento.ipynb #1ff51532
+# %% ../nbs/01_memento.ipynb #07d5c27d
 @patch
 def cut_open(self: _StackReader, start: int, end: int) -> None:
     "Whatever is open ends at `start`, incomplete."
@@ -368,7 +368,7 @@ def cut_open(self: _StackReader, start: int, end: int) -> None:
     self.found += [("truncated_block", start, end)] * len(self.machine.open)
     self.machine.open.clear()
 
-# %% ../nbs/01_memento.ipynb #64557da5
+# %% ../nbs/01_memento.ipynb #f8fdf925
 @patch
 def run(self: _StackReader, final: bool) -> None:
     "Like the flat loop, with the inside of the reasoning left to `inside`."
@@ -386,7 +386,7 @@ def run(self: _StackReader, final: bool) -> None:
         self.i = i + 1
         if structure: self.emit(kind, letter, start, end)
 
-# %% ../nbs/01_memento.ipynb #f34c82c9
+# %% ../nbs/01_memento.ipynb #3ba08b52
 @patch
 def emit(self: _StackReader, kind: str, letter: str, start: int, end: int) -> None:
     "Write down the text before a marker and the marker."
@@ -396,7 +396,7 @@ def emit(self: _StackReader, kind: str, letter: str, start: int, end: int) -> No
     if letter == "T": self.opened = start
     self.pos = end
 
-# %% ../nbs/01_memento.ipynb #cff8daf8
+# %% ../nbs/01_memento.ipynb #09362cca
 @patch
 def finish(self: _StackReader, size: int) -> None:
     "Close what is open at the end, and collect the pairs with their whole extent."
@@ -409,7 +409,7 @@ def finish(self: _StackReader, size: int) -> None:
     whole = lambda what, i, start, end: Span(what, start, self.cut[what, i] if end is None else end, end is not None)
     self.links = [(whole("block", i, b, e), None if s is None else whole("memento", i, s, t)) for i, (b, e, s, t) in enumerate(blocks)]
 
-# %% ../nbs/01_memento.ipynb #5d6032eb
+# %% ../nbs/01_memento.ipynb #53299983
 def _look_inside(text: str, contents: Iterable[Span], note) -> None:
     "Note empty blocks and mementos, and blocks that end inside a code fence."
     fenced = "`" in text # one character is found many times faster than three
@@ -418,7 +418,7 @@ def _look_inside(text: str, contents: Iterable[Span], note) -> None:
         if start == end or text[start].isspace() and text[start:end].isspace(): note(("empty_block" if kind == "block" else "empty_summary", start, end))
         if fenced and kind == "block" and text.find("`", start, end) >= 0 and text.count("```", start, end) % 2: note(("marker_in_fence", end, end))
 
-# %% ../nbs/01_memento.ipynb #706a8538
+# %% ../nbs/01_memento.ipynb #98c1da7e
 def _note_pairs(links: Iterable, orphans: Iterable[Span], reopened: list[int], note) -> None:
     "Note blocks and mementos that are alone, and pairs torn apart by the end of a section."
     for block, memento in links:
@@ -426,7 +426,7 @@ def _note_pairs(links: Iterable, orphans: Iterable[Span], reopened: list[int], n
         if memento and reopened and bisect_left(reopened, block.end) < bisect_left(reopened, memento.start): note(("split_pair", memento.start, memento.end))
     for span in orphans: note(("orphan_summary", span.start, span.end))
 
-# %% ../nbs/01_memento.ipynb #5a27b415
+# %% ../nbs/01_memento.ipynb #db36b05b
 def _split_answer(text: str, spans: list[Span], marks: tuple[str, str], note) -> None:
     "Where a dialect marks the answer, take its markers out of the last span."
     if not spans or spans[-1].kind != "answer": return
@@ -439,7 +439,7 @@ def _split_answer(text: str, spans: list[Span], marks: tuple[str, str], note) ->
     after = stop + len(marks[1])
     spans += [Span("marker", stop, after)] + ([Span("gap", after, end)] if end > after else [])
 
-# %% ../nbs/01_memento.ipynb #f4f6ff72
+# %% ../nbs/01_memento.ipynb #f84a8174
 class _Options(NamedTuple):
     "How to read; the keyword arguments of `parse_memento`."
     pairing: str = "adjacent"
@@ -459,7 +459,7 @@ class _Options(NamedTuple):
 
     def scanner(self) -> _Scanner: return _scanner(self.dialect, self.relaxed, self.fences == "literal")
 
-# %% ../nbs/01_memento.ipynb #615252fa
+# %% ../nbs/01_memento.ipynb #166237b3
 def _finished(text: str, spans: list[Span], contents: Iterable[Span], found: list, links, scan: _Scanner, options: _Options) -> Trace:
     "The trace, with the issues that need the text itself."
     _look_inside(text, contents, found.append)
@@ -468,7 +468,7 @@ def _finished(text: str, spans: list[Span], contents: Iterable[Span], found: lis
     if found: found.sort(key=lambda f: f[1:])
     return Trace._trusted(text, tuple(spans), tuple(Issue.of(*f) for f in found) if found else (), options.dialect, links)
 
-# %% ../nbs/01_memento.ipynb #c2dc7c45
+# %% ../nbs/01_memento.ipynb #1d277fcc
 def _assemble(text: str, reader: _Reader, scan: _Scanner, options: _Options) -> Trace:
     "The finished reader and its text as a trace."
     reader.finish(len(text))
@@ -482,7 +482,7 @@ def _assemble(text: str, reader: _Reader, scan: _Scanner, options: _Options) -> 
     special = (options.pairing, options.nesting) != ("adjacent", "flat")
     return _finished(text, spans, contents, found, tuple(map(tuple, links)) if special else None, scan, options)
 
-# %% ../nbs/01_memento.ipynb #0bf56da7
+# %% ../nbs/01_memento.ipynb #3086d684
 class _Fences:
     "Drops the events inside closed code fences."
     def __init__(self): self.open, self.limbo = None, []
@@ -496,7 +496,7 @@ class _Fences:
         if final: out, self.limbo = out + self.limbo, []
         return out
 
-# %% ../nbs/01_memento.ipynb #bcc6d9ac
+# %% ../nbs/01_memento.ipynb #216fd4e8
 def _events(text: str, scan: _Scanner, options: _Options, note, start: int = 0, stop: int | None = None, base: int = 0) -> list[tuple]:
     "Events of `text[start:stop]`, with offsets counted from `base`."
     letters, matches = scan.letters, scan.pattern.finditer(text, start, len(text) if stop is None else stop)
@@ -511,7 +511,7 @@ def _events(text: str, scan: _Scanner, options: _Options, note, start: int = 0, 
         else: out.append(("F", at, end, found.lstrip(), not re.match(r"[\w`~]", text[m.end():m.end() + 1])))
     return out
 
-# %% ../nbs/01_memento.ipynb #a9915617
+# %% ../nbs/01_memento.ipynb #c343ad39
 _REGULAR = re.compile("T(?:BbSs)*t")
 _KEPT = ("marker", "block", "memento", "answer") # kinds that have a span even where they are empty
 
@@ -520,14 +520,14 @@ def _kinds(n_pairs: int) -> tuple[str, ...]:
     pair = ("gap", "marker", "block", "marker", "gap", "marker", "memento", "marker")
     return ("prefix", "marker", *pair * n_pairs, "gap", "marker", "answer")
 
-# %% ../nbs/01_memento.ipynb #23e49509
+# %% ../nbs/01_memento.ipynb #1aa1ec37
 def _regular(letters: list[str], at: list[int]) -> list[Span] | None:
     "Spans of a well-formed trace from its letters and the bounds of texts and markers in turn; None for any other."
     if not _REGULAR.fullmatch("".join(letters)): return None
     new, fields = tuple.__new__, zip(_kinds(len(letters) // 4), at, at[1:], repeat(True))
     return [new(Span, x) for x in fields if x[1] < x[2] or x[0] in _KEPT]
 
-# %% ../nbs/01_memento.ipynb #9e11acc2
+# %% ../nbs/01_memento.ipynb #a1a1aa8d
 def _read(text: str, options: _Options) -> Trace:
     if not isinstance(text, str): raise TypeError(f"a trace is read from a str, got {type(text).__name__}")
     scan, early = options.scanner(), []
@@ -543,7 +543,7 @@ def _read(text: str, options: _Options) -> Trace:
     reader.run(True)
     return _assemble(text, reader, scan, options)
 
-# %% ../nbs/01_memento.ipynb #aad06eca
+# %% ../nbs/01_memento.ipynb #809747f0
 def parse_memento(
     response: str, # what the model wrote, markers included
     *,
@@ -557,7 +557,7 @@ def parse_memento(
     "Read blocks and mementos (grammar: microsoft/memento, README and paper section 3); any text can be read."
     return _read(response, _Options(pairing, nesting, fences, relaxed, assume_thinking, expect_memento))
 
-# %% ../nbs/01_memento.ipynb #8c955fe0
+# %% ../nbs/01_memento.ipynb #7ebe247c
 _PARTIAL_TAG = re.compile(r"(?i)<(?:/?(?:t(?:h(?:i(?:n(?:k(?:\s[^<>]{0,200})?)?)?)?)?)?)?\Z")
 _PARTIAL_FENCE = re.compile(r"^ {0,3}[`~]*\Z", re.MULTILINE)
 
@@ -575,7 +575,7 @@ class MementoStream:
         "All text so far."
         return "".join(self._chunks)
 
-# %% ../nbs/01_memento.ipynb #2b6b1ef2
+# %% ../nbs/01_memento.ipynb #9ffcc6ee
 @patch
 def _held_from(self: MementoStream) -> int:
     "Index in the buffer from which on nothing can be decided yet."
@@ -584,7 +584,7 @@ def _held_from(self: MementoStream) -> int:
         if on and (m := partial.search(buffer, max(self._from, len(buffer) - 240))): hold = min(hold, m.start())
     return max(hold, self._from)
 
-# %% ../nbs/01_memento.ipynb #02a68d94
+# %% ../nbs/01_memento.ipynb #53367981
 @patch
 def _advance(self: MementoStream, final: bool) -> list[Span]:
     reader, stop = self._reader, len(self._buffer) if final else self._held_from()
@@ -595,7 +595,7 @@ def _advance(self: MementoStream, final: bool) -> list[Span]:
     reader.run(final)
     return reader.spans[done:]
 
-# %% ../nbs/01_memento.ipynb #e21865e3
+# %% ../nbs/01_memento.ipynb #32b83421
 @patch
 def feed(self: MementoStream,
     chunk: str, # the next piece of text, of any size
@@ -606,7 +606,7 @@ def feed(self: MementoStream,
     self._buffer += chunk
     return self._advance(False)
 
-# %% ../nbs/01_memento.ipynb #dfdc2fab
+# %% ../nbs/01_memento.ipynb #ef2de576
 @patch
 def close(self: MementoStream) -> Trace: # equal to `parse_memento` of the whole text
     "The end of the text."
@@ -615,7 +615,7 @@ def close(self: MementoStream) -> Trace: # equal to `parse_memento` of the whole
     self._advance(True)
     return _assemble(self.text, self._reader, self._scan, self._options)
 
-# %% ../nbs/01_memento.ipynb #a01fca99
+# %% ../nbs/01_memento.ipynb #d32cc3ee
 @patch(as_prop=True)
 def pending(self: MementoStream) -> Span | None: # None if nothing is open
     "The undecided rest of the text, provisional."
@@ -624,13 +624,13 @@ def pending(self: MementoStream) -> Span | None: # None if nothing is open
     if isinstance(reader, _StackReader) and reader.state == "in": kind = reader.leaf
     return Span(kind, reader.pos, size, False) if size > reader.pos else None
 
-# %% ../nbs/01_memento.ipynb #b4cd98ab
+# %% ../nbs/01_memento.ipynb #09c3fa38
 @cache
 def _any_tag() -> tuple[re.Pattern, dict[str, str]]:
     owner = {m: name for name, d in DIALECTS.items() if d.think and name != "memento" for m in (*d.think, *(d.answer or ()))}
     return re.compile("|".join(map(re.escape, sorted(owner, key=len, reverse=True)))), owner
 
-# %% ../nbs/01_memento.ipynb #cab0915f
+# %% ../nbs/01_memento.ipynb #d2b073f1
 def detect_dialect(
     text: str, # a response
     relaxed: bool = False, # whether other spellings of the thinking tags count
@@ -641,7 +641,7 @@ def detect_dialect(
     if m := pattern.search(text): return owner[m[0]]
     return "think" if relaxed and _scanner("think", True).pattern.search(text) else "text"
 
-# %% ../nbs/01_memento.ipynb #4e42030c
+# %% ../nbs/01_memento.ipynb #aca5a0e6
 def parse(
     text: str, # a response in any dialect
     dialect: str | None = None, # a key of `DIALECTS`; None: look at the markers
@@ -654,7 +654,7 @@ def parse(
     if name == "text" and options.get("assume_thinking"): name = "think"
     return _read(text, _Options(**options, dialect=name))
 
-# %% ../nbs/01_memento.ipynb #80edc6a5
+# %% ../nbs/01_memento.ipynb #3fedeaab
 def build_memento(
     pairs: Iterable[tuple[str, str | None]], # (block, memento); None: a block without one
     answer: str | None = "", # text after the reasoning; None: leave the reasoning open

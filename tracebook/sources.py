@@ -102,7 +102,7 @@ _STORIES = dict(
         "The dial now shows {x} marks.",
         "After {i} intervals the counter shows {x} of {m} marks. Readings on the way, as interval: marks: {checkpoints}.", "The counter ends at mark **{x}**."))
 
-# %% ../nbs/02_sources.ipynb #62a1bc06
+# %% ../nbs/02_sources.ipynb #f2c990d2
 def _make_row(seed: int, i: int, domain: str | None, n_blocks: int | None) -> dict:
     "Row `i` of the corpus with this seed."
     rng = Random(f"tracebook {seed} {i}")
@@ -124,7 +124,7 @@ def _make_row(seed: int, i: int, domain: str | None, n_blocks: int | None) -> di
     response = build_memento(pairs, "\n\n" + story.answer.format(x=x, steps=done))
     return dict(problem=story.problem.format(start=start, m=m, steps=done), response=response, domain=domain, source=f"tracebook make_traces seed {seed}", difficulty=None)
 
-# %% ../nbs/02_sources.ipynb #5ec2f074
+# %% ../nbs/02_sources.ipynb #3369e5b2
 def make_traces(
     n: int, # number of rows
     seed: int = 0, # the same seed gives the same bytes on every platform
@@ -138,7 +138,7 @@ def make_traces(
     batches = [pa.RecordBatch.from_pylist([row(i) for i in range(at, min(at + 500, n))], schema=COLUMNS) for at in range(0, n, 500)]
     return Dataset(pa.Table.from_batches(batches, schema=COLUMNS))
 
-# %% ../nbs/02_sources.ipynb #f75634f8
+# %% ../nbs/02_sources.ipynb #b63d54d6
 _EQUATION = re.compile(r"(?<![\w.,*+/^·×−–=-])(?<![\d*+/^·×−–-] )(\d+) (\*|\+|-|mod) (\d+) = (-?\d+)(?![\w.,]*\d| \d)")
 _OPERATIONS = {"*": int.__mul__, "+": int.__add__, "-": int.__sub__, "mod": int.__mod__}
 
@@ -149,7 +149,7 @@ def check_arithmetic(
     found = list(_EQUATION.finditer(text))
     return len(found), [m[0] for m in found if m[2] == "mod" and not int(m[3]) or _OPERATIONS[m[2]](int(m[1]), int(m[3])) != int(m[4])]
 
-# %% ../nbs/02_sources.ipynb #0573d4e3
+# %% ../nbs/02_sources.ipynb #ef1a36bb
 register_codes("file", "error", {
     "empty_file": "The file is empty.",
     "json_truncated": "JSON breaks off before its end.",
@@ -163,7 +163,7 @@ register_codes("file", "error", {
     "damaged_file": "The file breaks off or is damaged; what came before was read.",
 })
 
-# %% ../nbs/02_sources.ipynb #7b3f07f3
+# %% ../nbs/02_sources.ipynb #6d84b6d8
 class Unreadable(NamedTuple):
     "A row that could not be read."
     where: str # file and line, or row number
@@ -174,7 +174,7 @@ class BadRow(ValueError):
     "Raised where a row cannot be read; carries the code of the reason."
     def __init__(self, code: str, reason: str): super().__init__(reason); self.code = code
 
-# %% ../nbs/02_sources.ipynb #0cc6582e
+# %% ../nbs/02_sources.ipynb #befa6a35
 class UnreadableRows(UserWarning):
     "Some rows of a source could not be read; the message says where and why."
 
@@ -191,14 +191,14 @@ class LoadReport:
         more = f"; and {len(self.unreadable) - 5:,} more" if len(self.unreadable) > 5 else ""
         return f"{self.source}: {self.rows:,} rows read, {len(self.unreadable):,} unreadable{bad}{more}"
 
-# %% ../nbs/02_sources.ipynb #b4d07e9e
+# %% ../nbs/02_sources.ipynb #1f21d385
 def load_report(
     rows: Any, # what `load_traces` returned
 ) -> LoadReport: # an empty one for rows that came another way
     "The report of the rows that `load_traces` returned."
     return getattr(rows, "_load_report", None) or LoadReport("rows")
 
-# %% ../nbs/02_sources.ipynb #9f8992cb
+# %% ../nbs/02_sources.ipynb #7cbb94d5
 def _text(value: Any, report: LoadReport, name: str) -> str | None:
     if value is None or isinstance(value, str): return value
     report.notes[f"{name} was no text and was written as one"] += 1
@@ -210,7 +210,7 @@ def _whole(value: Any, report: LoadReport) -> int | None:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63: return int(value)
     report.notes["difficulty was no integer and was left out"] += 1
 
-# %% ../nbs/02_sources.ipynb #bbec4cb6
+# %% ../nbs/02_sources.ipynb #64e84189
 def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadReport) -> dict:
     "The standard columns of one row; BadRow if there is no response."
     if not isinstance(row, dict): raise BadRow("not_a_row", f"a row must be an object with columns, got {type(row).__name__}")
@@ -223,7 +223,7 @@ def _clean_row(row: Any, names: dict[str, str], schema: pa.Schema, report: LoadR
         except ValueError as e: raise BadRow("lone_surrogate", str(e)) from None
     return {**out, "difficulty": _whole(row.get(names["difficulty"]), report), **{f.name: _listed(row.get(names[f.name]), f) for f in list(schema)[5:]}}
 
-# %% ../nbs/02_sources.ipynb #1e1fda49
+# %% ../nbs/02_sources.ipynb #485d33a7
 def _listed(value: Any, column: pa.Field) -> Any:
     "A value of one of the list columns of `full`; BadRow if Arrow cannot hold it."
     if not isinstance(value, (list, type(None))): raise BadRow("bad_column", f"{column.name!r} is {type(value).__name__}, not a list")
@@ -231,7 +231,7 @@ def _listed(value: Any, column: pa.Field) -> Any:
     except (ValueError, TypeError, OverflowError) as e: raise BadRow("bad_column", f"{column.name!r} is not {column.type}: {e}") from None
     return value
 
-# %% ../nbs/02_sources.ipynb #86fadd29
+# %% ../nbs/02_sources.ipynb #04bbd78e
 def _decode(raw: bytes) -> Any:
     "One line of JSON; BadRow if it is none."
     try: return json.loads(raw.decode("utf-8"))
@@ -242,14 +242,14 @@ def _decode(raw: bytes) -> Any:
         raise BadRow(code, f"{'JSON breaks off' if code == 'json_truncated' else 'not JSON'}: {e.msg.removesuffix(' at')} at character {e.pos}") from None
     except ValueError as e: raise BadRow("not_json", f"not JSON: {e}") from None # such as an integer of 5,000 digits
 
-# %% ../nbs/02_sources.ipynb #807413d6
+# %% ../nbs/02_sources.ipynb #aefb491f
 def _json_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
     "(place, function that returns the row) for each line that is not blank."
     for n, raw in enumerate(file, 1):
         if n == 1: raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip(): yield f"{name}:{n}", partial(_decode, raw)
 
-# %% ../nbs/02_sources.ipynb #0f14609b
+# %% ../nbs/02_sources.ipynb #0e095eda
 def _json_file(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
     "Rows of a JSON document, or of JSON Lines."
     whole = file.read().removeprefix(b"\xef\xbb\xbf")
@@ -262,7 +262,7 @@ def _json_file(file: BinaryIO, name: str) -> Iterator[tuple[str, Callable]]:
         except BadRow as e: raise ValueError(f"{name}: {e}") from None
     for i, r in enumerate(row if isinstance(row, list) else [row]): yield f"{name}[{i}]", partial(lambda x: x, r)
 
-# %% ../nbs/02_sources.ipynb #01511519
+# %% ../nbs/02_sources.ipynb #17177162
 def _batches_of_rows(rows: Iterable[tuple[str, Callable]], names: dict, schema: pa.Schema, report: LoadReport, size: int = 256) -> Iterator[pa.RecordBatch]:
     "Numbered rows as Arrow batches; bad rows go to the report."
     batch, chars, seen = [], 0, None # seen: columns and place of the first row
@@ -284,7 +284,7 @@ def _to_batch(rows: list[dict], schema: pa.Schema, report: LoadReport) -> pa.Rec
     report.rows += len(rows)
     return pa.RecordBatch.from_pylist(rows, schema=schema)
 
-# %% ../nbs/02_sources.ipynb #23853cb7
+# %% ../nbs/02_sources.ipynb #217e384a
 def _check_columns(there: Iterable[str], names: dict[str, str], where: str) -> None:
     "ValueError if there is no response among the columns."
     there = list(there)
@@ -293,7 +293,7 @@ def _check_columns(there: Iterable[str], names: dict[str, str], where: str) -> N
     guess = next((c for c in ("cot", "output", "text", "completion", "generation", "solution") if c in there), there[0] if there else "…")
     raise ValueError(f"{where} has no column {names['response']!r}; it has: {', '.join(there) or 'none'}. Name the right one with column_map={{'response': {guess!r}}}")
 
-# %% ../nbs/02_sources.ipynb #38f91b94
+# %% ../nbs/02_sources.ipynb #d59fc483
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind)
@@ -308,7 +308,7 @@ def _as_column(batch: pa.RecordBatch, name: str, field: pa.Field, report: LoadRe
     if pa.types.is_integer(field.type): return pa.array([_whole(v, report) for v in values], field.type)
     return column.cast(field.type)
 
-# %% ../nbs/02_sources.ipynb #916ab996
+# %% ../nbs/02_sources.ipynb #5bcee996
 def _no_response(column: pa.Array) -> dict[int, str]:
     "Rows of a column of responses that cannot be used: index -> code."
     bad = dict.fromkeys(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist(), "no_response") if column.null_count else {}
@@ -319,7 +319,7 @@ def _no_response(column: pa.Array) -> dict[int, str]:
             except UnicodeDecodeError: bad[i] = "not_utf8"
     return bad
 
-# %% ../nbs/02_sources.ipynb #b6c6fbf2
+# %% ../nbs/02_sources.ipynb #a5add4e5
 def _standard_batches(batches: Iterable[pa.RecordBatch], where: str, names: dict, schema: pa.Schema, report: LoadReport, size: int = 256, first: int = 0) -> Iterator[pa.RecordBatch]:
     "Arrow batches with the standard columns."
     for batch in _unharmed(batches, where):
@@ -334,13 +334,13 @@ def _standard_batches(batches: Iterable[pa.RecordBatch], where: str, names: dict
         report.rows += len(out)
         yield out
 
-# %% ../nbs/02_sources.ipynb #2e1d9c65
+# %% ../nbs/02_sources.ipynb #56bd04c4
 def _unharmed(batches: Iterable[pa.RecordBatch], where: str) -> Iterator[pa.RecordBatch]:
     "The batches; ValueError naming the file if it is damaged."
     try: yield from batches
     except (pa.ArrowException, OSError) as e: raise ValueError(f"{where} is damaged: {e}") from None
 
-# %% ../nbs/02_sources.ipynb #c0b2620c
+# %% ../nbs/02_sources.ipynb #3efe8d9b
 Shard = Callable[[], Iterator[pa.RecordBatch]] # a piece of a source that can be read by itself
 
 def _until_damage(rows: Iterable, name: str, report: LoadReport) -> Iterator:
@@ -352,13 +352,13 @@ def _read_text_file(path: Path, reader: Callable, *args) -> Iterator[pa.RecordBa
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         yield from _batches_of_rows(_until_damage(reader(file, path.name), path.name, args[2]), *args)
 
-# %% ../nbs/02_sources.ipynb #59bcf2a8
+# %% ../nbs/02_sources.ipynb #d1fa0ab8
 def _read_parquet(path: Path, group: int, first: int, names: dict, schema: pa.Schema, report: LoadReport, size: int) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as file:
         wanted = [n for n in (names[c] for c in schema.names) if n in file.schema_arrow.names]
         yield from _standard_batches(file.iter_batches(size, row_groups=[group], columns=wanted), path.name, names, schema, report, size, first)
 
-# %% ../nbs/02_sources.ipynb #ed63dac1
+# %% ../nbs/02_sources.ipynb #e441cd34
 def _read_arrow(path: Path, *args) -> Iterator[pa.RecordBatch]:
     def batches():
         source = pa.memory_map(str(path))
@@ -367,7 +367,7 @@ def _read_arrow(path: Path, *args) -> Iterator[pa.RecordBatch]:
         yield from table.to_batches(args[3])
     yield from _standard_batches(batches(), path.name, *args)
 
-# %% ../nbs/02_sources.ipynb #5a138e18
+# %% ../nbs/02_sources.ipynb #a4b12d10
 def _file_shards(path: Path, *args) -> list[Shard]:
     "The shards of one file, by its name."
     names, suffix = args[0], path.name.lower().removesuffix(".gz").rpartition(".")[2]
@@ -382,7 +382,7 @@ def _file_shards(path: Path, *args) -> list[Shard]:
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     return [partial(_read_parquet, path, g, sum(sizes[:g]), *args) for g in range(len(sizes))]
 
-# %% ../nbs/02_sources.ipynb #3471153e
+# %% ../nbs/02_sources.ipynb #1e863668
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".arrow")
 
 def _find_files(source: str) -> list[Path]:
@@ -397,7 +397,7 @@ def _find_files(source: str) -> list[Path]:
     if strange: raise ValueError(f"{strange.name} is of no known kind; known are {', '.join(_SUFFIXES)}")
     return found
 
-# %% ../nbs/02_sources.ipynb #4208c738
+# %% ../nbs/02_sources.ipynb #76a746ce
 def _in_turn(shards: list[Callable[[], Iterable]], limit: int) -> list:
     "One row from each shard in turn, until there are enough or all are exhausted; one shard is open at a time."
     quota, heads = 0, []
@@ -408,7 +408,7 @@ def _in_turn(shards: list[Callable[[], Iterable]], limit: int) -> list:
 
 _NOTHING = object()
 
-# %% ../nbs/02_sources.ipynb #d120d707
+# %% ../nbs/02_sources.ipynb #9c721545
 def _reservoir(rows: Iterable[dict], limit: int, seed: int) -> list[dict]:
     "Every row with the same chance (algorithm R; Vitter 1985), in the order of the source."
     rng, kept = Random(seed), []
@@ -417,7 +417,7 @@ def _reservoir(rows: Iterable[dict], limit: int, seed: int) -> list[dict]:
         elif (j := int(rng.random() * (i + 1))) < limit: kept[j] = (i, row)
     return [row for _, row in sorted(kept, key=lambda x: x[0])]
 
-# %% ../nbs/02_sources.ipynb #17c98682
+# %% ../nbs/02_sources.ipynb #d37cc446
 def _rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[dict]: return chain.from_iterable(b.to_pylist() for b in batches)
 
 def _head(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
@@ -428,21 +428,21 @@ def _head(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.R
         left -= min(left, len(batch))
         if not left: return
 
-# %% ../nbs/02_sources.ipynb #8bd32154
+# %% ../nbs/02_sources.ipynb #4c17e95d
 def _draw(shards: list[Shard], schema: pa.Schema, limit: int | None, sample: str, seed: int) -> pa.Table:
     "Rows from shards, by the way of sampling."
     if sample == "head" or limit is None: return pa.Table.from_batches(_head(chain.from_iterable(s() for s in shards), limit), schema=schema)
     rows = _in_turn([partial(lambda s: _rows_of(s()), s) for s in shards], limit) if sample == "shards" else _reservoir(_rows_of(chain.from_iterable(s() for s in shards)), limit, seed)
     return pa.Table.from_pylist(rows, schema=schema)
 
-# %% ../nbs/02_sources.ipynb #1d370a37
+# %% ../nbs/02_sources.ipynb #7322e17b
 def _open_hub(name: str, config: str | None, split: str) -> IterableDataset:
     "A data set of the hub as a stream; ConnectionError that says what to do instead."
     try: return load_dataset(name, config, split=split, streaming=True)
     except (ConnectionError, OSError) as e:
         raise ConnectionError(f"cannot open {name!r} on the Hugging Face hub ({type(e).__name__}: {e}). Offline? Give a local file, or use sample_traces()") from e
 
-# %% ../nbs/02_sources.ipynb #c4ec7db5
+# %% ../nbs/02_sources.ipynb #5f710fe1
 def _standard_stream(stream: IterableDataset, names: dict, schema: pa.Schema, report: LoadReport) -> IterableDataset:
     "The standard columns of a stream; rows without a response are counted when they come by."
     there = stream.column_names or list(next(iter(stream), {}))
@@ -455,7 +455,7 @@ def _standard_stream(stream: IterableDataset, names: dict, schema: pa.Schema, re
     standard = stream.map(lambda row: {k: row.get(names[k]) for k in schema.names}).select_columns(schema.names)
     return standard.map(clean, with_indices=True, batched=True, batch_size=16) # no features: datasets 4.0 cannot filter such a stream
 
-# %% ../nbs/02_sources.ipynb #c136cd49
+# %% ../nbs/02_sources.ipynb #84b20066
 def _sample_stream(stream: IterableDataset, limit: int | None, sample: str, seed: int, schema: pa.Schema) -> IterableDataset | Dataset:
     "A limited stream; a reservoir has to read it all and returns a Dataset."
     if limit is None: return stream
@@ -464,7 +464,7 @@ def _sample_stream(stream: IterableDataset, limit: int | None, sample: str, seed
     shards = [partial(iter, stream.shard(stream.num_shards, i)) for i in range(stream.num_shards)]
     return Dataset(pa.Table.from_pylist(_in_turn(shards, limit), schema=schema))
 
-# %% ../nbs/02_sources.ipynb #d6a83aa1
+# %% ../nbs/02_sources.ipynb #250b7838
 def _local_shards(source: Any, *args) -> list[Shard]:
     "Shards of anything that is not on the hub."
     if isinstance(source, pa.Table): source = Dataset(source)
@@ -477,7 +477,7 @@ def _local_shards(source: Any, *args) -> list[Shard]:
         raise ValueError(f"cannot read traces from {type(source).__name__}; give a name, a file, a Dataset or a list of rows")
     return [lambda: _batches_of_rows(((f"row {i}", partial(lambda x: x, r)) for i, r in enumerate(source)), *args)]
 
-# %% ../nbs/02_sources.ipynb #3019ad6e
+# %% ../nbs/02_sources.ipynb #78c5442e
 def _source_name(source: Any) -> str:
     "What to call a source in reports: names of files without their folders."
     if isinstance(source, (str, Path)): return str(source) if _is_hub_name(source) else Path(source).name
@@ -487,7 +487,7 @@ def _source_name(source: Any) -> str:
 def _is_hub_name(source: Any) -> bool:
     return isinstance(source, str) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not re.search(r"\.\w{2,7}$", source) and not Path(source).exists()
 
-# %% ../nbs/02_sources.ipynb #feaf53ed
+# %% ../nbs/02_sources.ipynb #33814674
 def load_traces(
     source: Any = "microsoft/OpenMementos", # name on the hub, file, folder, glob, `Dataset`, `IterableDataset`, rows, or an open binary file of JSON Lines
     config: str | None = None, # "default" or "full": which columns are wanted
@@ -515,7 +515,7 @@ def load_traces(
     out._load_report = report
     return out
 
-# %% ../nbs/02_sources.ipynb #2b2bc462
+# %% ../nbs/02_sources.ipynb #c6827899
 def _one_split(source: Any, split: str) -> Any:
     "The split of a saved or open dictionary of data sets; ValueError if there is none of that name."
     if isinstance(source, (str, Path)) and any((Path(source) / n).exists() for n in ("state.json", "dataset_dict.json")): source = load_from_disk(str(source))
@@ -523,7 +523,7 @@ def _one_split(source: Any, split: str) -> Any:
     if split not in source: raise ValueError(f"there is no split {split!r}; there are: {', '.join(source)}")
     return source[split]
 
-# %% ../nbs/02_sources.ipynb #f5008807
+# %% ../nbs/02_sources.ipynb #da840b7f
 def _read_all(shards: list[Shard], schema: pa.Schema, limit: int | None, sample: str, seed: int, report: LoadReport, is_file: bool) -> Dataset:
     "Rows of local shards; ValueError if none can be read, a warning if some cannot."
     table = _draw(shards, schema, limit, sample, seed)
@@ -533,7 +533,7 @@ def _read_all(shards: list[Shard], schema: pa.Schema, limit: int | None, sample:
     if report.unreadable: warnings.warn(str(report), UnreadableRows, stacklevel=3)
     return Dataset(table)
 
-# %% ../nbs/02_sources.ipynb #19fdfc24
+# %% ../nbs/02_sources.ipynb #8d896edf
 register_codes("full", "warn", {
     "range_bad": "A range of sentences is not two integers in order.",
     "range_gap": "A range of sentences does not start right after the one before.",
@@ -546,7 +546,7 @@ register_codes("full", "warn", {
     "row_mismatch": "The row differs from the row of the default config.",
 })
 
-# %% ../nbs/02_sources.ipynb #a767be28
+# %% ../nbs/02_sources.ipynb #f2cbc698
 def _ranges(blocks: list, n_sentences: int) -> Iterator[tuple[str, str]]:
     "(code, message) of what is wrong with the ranges."
     expected = 0
@@ -557,7 +557,7 @@ def _ranges(blocks: list, n_sentences: int) -> Iterator[tuple[str, str]]:
         expected = pair[1] + 1
     if expected != n_sentences: yield "range_end", f"the ranges end before sentence {expected}, there are {n_sentences}"
 
-# %% ../nbs/02_sources.ipynb #0fcb905c
+# %% ../nbs/02_sources.ipynb #075dc626
 _squeeze = lambda text: "".join(text.split())
 
 def _texts(row: dict, trace: Trace) -> Iterator[tuple[str, int, int, str]]:
@@ -572,7 +572,7 @@ def _texts(row: dict, trace: Trace) -> Iterator[tuple[str, int, int, str]]:
     whole = "".join(map(trace.text_of, trace.blocks))
     if _squeeze("".join(sentences)) != _squeeze(whole) or any(m in s for s in sentences for m in MEMENTO_TOKENS): yield "sentence_mismatch", 0, len(trace.text), ""
 
-# %% ../nbs/02_sources.ipynb #bb27dde0
+# %% ../nbs/02_sources.ipynb #7f564974
 class FullReport(NamedTuple):
     "What `check_full` found in one row."
     checks: dict[str, bool] # ranges, counts, block_texts, summary_texts, sentences, same_row, structure -> whether it holds
@@ -586,7 +586,7 @@ class FullReport(NamedTuple):
 _CHECKS = dict(ranges=("range_bad", "range_gap", "range_overlap", "range_end"), counts=("count_mismatch",), block_texts=("block_text_mismatch",),
     summary_texts=("summary_text_mismatch",), sentences=("sentence_mismatch",), same_row=("row_mismatch",))
 
-# %% ../nbs/02_sources.ipynb #84280201
+# %% ../nbs/02_sources.ipynb #82b4f0f5
 def check_full(
     row: dict, # a row of config `full`
     default_row: dict | None = None, # the same row of config `default`, to be compared
@@ -603,7 +603,7 @@ def check_full(
     sound = len(trace.sections) == 1 and bool((trace.answer or "").strip()) and all(i.severity == "info" for i in trace.issues)
     return FullReport({k: not codes & set(v) for k, v in _CHECKS.items()} | dict(structure=sound), (*issues, *trace.issues))
 
-# %% ../nbs/02_sources.ipynb #53d0c983
+# %% ../nbs/02_sources.ipynb #9164d2f3
 def full_pass_rates(
     rows: Iterable[dict], # rows of config `full`
 ) -> dict[str, tuple[int, int]]: # check -> (rows that pass, rows)
@@ -611,7 +611,7 @@ def full_pass_rates(
     reports = [check_full(r).checks for r in rows]
     return {k: (sum(r[k] for r in reports), len(reports)) for k in (*_CHECKS, "structure")}
 
-# %% ../nbs/02_sources.ipynb #129edc25
+# %% ../nbs/02_sources.ipynb #663ce0c6
 def write_whole(
     path: str | Path, # where the file shall lie; its folder must exist
     content: str | bytes, # text is written as UTF-8, line ends as they are

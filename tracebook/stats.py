@@ -47,7 +47,7 @@ class _Look(NamedTuple):
     ticks: np.ndarray # first places of pieces that hold a backtick
     wide: bool # whether there is any character beyond ASCII
 
-# %% ../nbs/07_stats.ipynb #1726e38a
+# %% ../nbs/07_stats.ipynb #7e1ad729
 def _look(data: np.ndarray) -> _Look:
     "Where markers may begin, and whether backticks and wide characters are there at all."
     angles, ticks, top = [np.zeros(0, np.int64)], [], 0
@@ -57,7 +57,7 @@ def _look(data: np.ndarray) -> _Look:
         top = max(top, x.max())
     return _Look(np.concatenate(angles), np.array(ticks, np.int64), bool(top >= 0x80))
 
-# %% ../nbs/07_stats.ipynb #e5ee6b5c
+# %% ../nbs/07_stats.ipynb #739e327d
 def _spaces(data: np.ndarray, wide: bool = True) -> np.ndarray:
     "True where a byte of UTF-8 text belongs to white space; `wide`: there may be characters beyond ASCII."
     space = np.empty(len(data), bool)
@@ -69,7 +69,7 @@ def _spaces(data: np.ndarray, wide: bool = True) -> np.ndarray:
         for i in range(len(mark)): space[at + i] = True
     return space
 
-# %% ../nbs/07_stats.ipynb #f29e5f3c
+# %% ../nbs/07_stats.ipynb #c7433bf7
 def _turns(space: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     "A function of places p: how many words start after white space, up to and including p."
     packed = np.zeros((len(space) >> 6) + 1, np.uint64)
@@ -80,14 +80,14 @@ def _turns(space: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     before = np.concatenate([[0], np.cumsum(np.bitwise_count(packed), dtype=np.int64)])
     return lambda p: before[p >> 6] + np.bitwise_count(packed[p >> 6] & ((np.uint64(1) << (p & 63).astype(np.uint64)) - np.uint64(1)))
 
-# %% ../nbs/07_stats.ipynb #3208835b
+# %% ../nbs/07_stats.ipynb #a3080839
 def _words(space: np.ndarray, start: np.ndarray, end: np.ndarray, turns: Callable | None = None) -> np.ndarray:
     "Words in each stretch [start, end) of bytes: turns inside it, and a word at its beginning."
     if not len(space) or not len(start): return np.zeros(len(start), np.int64)
     turns, last = turns or _turns(space), np.maximum(end - 1, start)
     return turns(last) - turns(start) + ((end > start) & ~space[np.minimum(start, len(space) - 1)])
 
-# %% ../nbs/07_stats.ipynb #724074ff
+# %% ../nbs/07_stats.ipynb #9d9caefa
 def _strip(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Stretches of bytes without the white space at both ends."
     start, end = start.copy(), end.copy()
@@ -102,7 +102,7 @@ def _strip(space: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[np.nd
         start[i], end[i] = (start[i] + solid[0], start[i] + solid[-1] + 1) if len(solid) else (start[i], start[i])
     return start, end
 
-# %% ../nbs/07_stats.ipynb #4e7dc8af
+# %% ../nbs/07_stats.ipynb #709bba06
 _MARKS = [(m.encode(), letter) for m, letter in _scanner("memento").letters.items()]
 _LONGEST = max(len(m) for m, _ in _MARKS)
 _N_WORDS = -(-_LONGEST // 8) # eights of bytes that hold a marker
@@ -114,7 +114,7 @@ def _as_words(mark: bytes) -> list[tuple[np.uint64, np.uint64]]:
 
 _MARK_WORDS = [(ord(letter), len(m), _as_words(m)) for m, letter in _MARKS]
 
-# %% ../nbs/07_stats.ipynb #54701e32
+# %% ../nbs/07_stats.ipynb #5cb2a993
 def _words_at(data: np.ndarray, at: np.ndarray) -> list[np.ndarray]:
     "The bytes that follow each place as little-endian integers of eight; zeros after the end."
     reach = 8 * _N_WORDS
@@ -124,7 +124,7 @@ def _words_at(data: np.ndarray, at: np.ndarray) -> list[np.ndarray]:
     late = at[inside:] - max(len(data) - reach, 0)
     return [np.concatenate([eights(data)[at[:inside] + 8 * j], eights(end)[late + 8 * j]]) for j in range(_N_WORDS)]
 
-# %% ../nbs/07_stats.ipynb #0a832edb
+# %% ../nbs/07_stats.ipynb #321c0983
 def _find_markers(data: np.ndarray, angles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Start, end and letter (as a byte) of all markers in a batch of bytes, in order; also across row ends."
     following = data[np.minimum(angles + 1, len(data) - 1)]
@@ -136,7 +136,7 @@ def _find_markers(data: np.ndarray, angles: np.ndarray) -> tuple[np.ndarray, np.
     found = size > 0
     return at[found], (at + size)[found], letter[found]
 
-# %% ../nbs/07_stats.ipynb #2c490ef6
+# %% ../nbs/07_stats.ipynb #36a3b40e
 def _bytes_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     "The UTF-8 bytes of a string column without nulls, and the offsets of its rows (n + 1)."
     column = column.cast(pa.large_string())
@@ -144,7 +144,7 @@ def _bytes_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     first, last = (int(offsets[0]), int(offsets[-1])) if len(column) else (0, 0)
     return np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:last], (offsets - first if len(column) else np.zeros(1, np.int64))
 
-# %% ../nbs/07_stats.ipynb #c06ee484
+# %% ../nbs/07_stats.ipynb #9960b6e3
 class _Batch(NamedTuple):
     "What a batch of rows looks like in bytes."
     data: np.ndarray # uint8, all texts end to end
@@ -156,7 +156,7 @@ class _Batch(NamedTuple):
     regular: np.ndarray # numbers of the regular rows
     look: _Look # at all of it
 
-# %% ../nbs/07_stats.ipynb #28a304db
+# %% ../nbs/07_stats.ipynb #e19a10c6
 _PAIRS = re.compile(b"T(?:BbSs)+t")
 
 def _scan_batch(column: pa.Array) -> _Batch:
@@ -175,14 +175,14 @@ def _scan_batch(column: pa.Array) -> _Batch:
     counts = (bounds[1:] - bounds[:-1])[regular]
     return _Batch(data, rows, start[keep], end[keep], np.cumsum(counts) - counts, (counts - 2) // 4, regular, look)
 
-# %% ../nbs/07_stats.ipynb #a9e01e57
+# %% ../nbs/07_stats.ipynb #75707c3f
 def _char_counter(data: np.ndarray, wide: bool = True) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     "A function of (start, end) in bytes that gives sizes in characters; `wide`: there may be characters beyond ASCII."
     if not wide: return lambda a, b: b - a
     inner = np.flatnonzero((data & 0xC0) == 0x80)
     return lambda a, b: (b - a) - (np.searchsorted(inner, b) - np.searchsorted(inner, a))
 
-# %% ../nbs/07_stats.ipynb #8493ee86
+# %% ../nbs/07_stats.ipynb #4450c504
 TRACE_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("dialect", pa.string()), ("n_blocks", pa.int64()),
     ("n_mementos", pa.int64()), ("block_chars", pa.int64()), ("summ_chars", pa.int64()), ("block_words", pa.int64()), ("summ_words", pa.int64()),
     ("compress_char", pa.float64()), ("compress_word", pa.float64()), ("chars", pa.int64()), ("block_chars_raw", pa.int64()), ("summ_chars_raw", pa.int64()),
@@ -194,7 +194,7 @@ BLOCK_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("sourc
     ("block_chars_raw", pa.int64()), ("summ_chars_raw", pa.int64()), ("block_ratio", pa.float64()), ("compress_char", pa.float64()), ("compress_word", pa.float64()),
     ("complete", pa.bool_())]) # columns of `block_table`
 
-# %% ../nbs/07_stats.ipynb #f10162d2
+# %% ../nbs/07_stats.ipynb #d913f528
 COLUMN_MEANINGS = dict( # name -> meaning, of the columns of both tables
     row="number of the trace among the rows", domain="of the row, null if it has none", source="of the row", dialect="how the trace was read, a key of `DIALECTS`",
     n_blocks="blocks, those without a memento included", n_mementos="mementos, those without a block included",
@@ -206,7 +206,7 @@ COLUMN_MEANINGS = dict( # name -> meaning, of the columns of both tables
     trace_mean_of_ratios="mean of block_ratio in the trace", compression_factor="block_chars_raw / summ_chars_raw", complete="trace: everything closed, and an answer; block: closed, and has a memento",
     issues="codes of all issues, in the order of the text")
 
-# %% ../nbs/07_stats.ipynb #9d358a84
+# %% ../nbs/07_stats.ipynb #c07cfdf3
 _SIZES = ("chars", "block_chars_raw", "summ_chars_raw", "gap_chars", "marker_chars", "answer_chars", "n_mementos")
 
 class _Measured(NamedTuple):
@@ -220,7 +220,7 @@ class _Measured(NamedTuple):
     mementos: np.ndarray # [memento, 6] in characters
     pairs: np.ndarray # [block]: index of the memento in `mementos`, -1: none
 
-# %% ../nbs/07_stats.ipynb #89b11d8d
+# %% ../nbs/07_stats.ipynb #0285934c
 class _AsciiSpaces:
     "White space of ASCII bytes, looked up where it is asked for: enough for stripping."
     table = _spaces(np.arange(256, dtype=np.uint8)[:128])
@@ -228,7 +228,7 @@ class _AsciiSpaces:
     def __len__(self): return len(self.data)
     def __getitem__(self, at): return self.table[self.data[at]]
 
-# %% ../nbs/07_stats.ipynb #3172da45
+# %% ../nbs/07_stats.ipynb #0ee760f8
 def _contents(batch: _Batch, chars: Callable, space: np.ndarray, start: np.ndarray, end: np.ndarray, rows: np.ndarray, turns: Callable | None) -> np.ndarray:
     "Columns of `_Measured.blocks` for stretches of bytes; words only where there are `turns`."
     a, b = _strip(space, start, end)
@@ -236,13 +236,13 @@ def _contents(batch: _Batch, chars: Callable, space: np.ndarray, start: np.ndarr
     count = _words(space, a, b, turns) if turns else np.full(len(a), -1)
     return np.stack([rows, chars(base, start), chars(base, end), chars(a, b), count, np.ones(len(a), np.int64)], axis=1)
 
-# %% ../nbs/07_stats.ipynb #78288293
+# %% ../nbs/07_stats.ipynb #ba9a2856
 def _opening(first: np.ndarray, n_pairs: np.ndarray) -> np.ndarray:
     "Index of the marker that opens each pair."
     before = np.cumsum(n_pairs) - n_pairs # pairs in the rows before
     return np.repeat(first + 1 - 4 * before, n_pairs) + 4 * np.arange(n_pairs.sum())
 
-# %% ../nbs/07_stats.ipynb #a9960010
+# %% ../nbs/07_stats.ipynb #d16044ba
 def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     "Sizes of the regular rows, from the offsets of their markers."
     rows, n, chars = batch.regular, batch.n_pairs, _char_counter(batch.data, batch.look.wide)
@@ -259,7 +259,7 @@ def _measure_regular(batch: _Batch, words: bool) -> _Measured:
     sizes = np.stack([total, *raw, total - sum(raw) - marks - answer - prefix, marks, answer, n], axis=1)
     return _Measured(rows, sizes, np.ones(len(rows), bool), _issues_of(batch, blocks, mementos, opening), ["memento"] * len(rows), blocks, mementos, np.arange(len(blocks)))
 
-# %% ../nbs/07_stats.ipynb #279634a4
+# %% ../nbs/07_stats.ipynb #91dec1c5
 def _issues_of(batch: _Batch, blocks: np.ndarray, mementos: np.ndarray, opening: np.ndarray) -> list[list[str]]:
     "Issue codes of the regular rows, in the order in which the parser gives them."
     found: dict[int, list] = {}
@@ -276,7 +276,7 @@ def _issues_of(batch: _Batch, blocks: np.ndarray, mementos: np.ndarray, opening:
         if _partial(text, _scanner("memento"), 2): found.setdefault(row, []).append((1 << 62, 0, "partial_marker"))
     return [[code for *_, code in sorted(found[row], key=lambda x: x[:2])] if row in found else [] for row in batch.regular.tolist()]
 
-# %% ../nbs/07_stats.ipynb #25ddd711
+# %% ../nbs/07_stats.ipynb #3dbda50e
 def _measure_parsed(texts: dict[int, str], words: bool) -> _Measured:
     "Sizes of rows by the parser: row number -> text."
     sizes, complete, issues, dialects, blocks, mementos, pairs = [], [], [], [], [], [], []
@@ -295,14 +295,14 @@ def _measure_parsed(texts: dict[int, str], words: bool) -> _Measured:
     table = lambda x, k: np.array(x, np.int64).reshape(-1, k)
     return _Measured(np.array(list(texts), np.int64), table(sizes, len(_SIZES)), np.array(complete, bool), issues, dialects, table(blocks, 6), table(mementos, 6), np.array(pairs, np.int64))
 
-# %% ../nbs/07_stats.ipynb #1e932497
+# %% ../nbs/07_stats.ipynb #8d70069e
 def _measure(column: pa.Array, words: bool) -> list[_Measured]:
     "Both ways over one column of responses."
     batch = _scan_batch(column)
     others = np.setdiff1d(np.arange(len(column)), batch.regular, assume_unique=True)
     return [_measure_regular(batch, words), _measure_parsed(dict(zip(others.tolist(), column.take(pa.array(others)).to_pylist())), words)]
 
-# %% ../nbs/07_stats.ipynb #7f402ee6
+# %% ../nbs/07_stats.ipynb #52e7f3bf
 def _ratio(a: np.ndarray, b: np.ndarray) -> pa.Array:
     "a / b as an Arrow column; null where b is not positive or a is undefined."
     bad = (b <= 0) | (a < 0)
@@ -316,7 +316,7 @@ def _sums(table: np.ndarray, column: int, n_rows: int) -> np.ndarray:
     sums = np.bincount(table[:, 0], np.maximum(values, 0), n_rows).astype(np.int64)
     return np.where(np.bincount(table[:, 0], values < 0, n_rows) > 0, -1, sums)
 
-# %% ../nbs/07_stats.ipynb #bcbf54a7
+# %% ../nbs/07_stats.ipynb #e727e8ff
 def _merge(parts: list[_Measured], n: int) -> _Measured:
     "Rows of both ways in the order of the batch."
     order = np.argsort(np.concatenate([p.rows for p in parts]))
@@ -329,7 +329,7 @@ def _merge(parts: list[_Measured], n: int) -> _Measured:
     return _Measured(np.arange(n), np.concatenate([p.sizes for p in parts])[order], np.concatenate([p.complete for p in parts])[order],
         [issues[i] for i in order], [dialects[i] for i in order], blocks[by_row], mementos, pairs[by_row])
 
-# %% ../nbs/07_stats.ipynb #0bae5e9a
+# %% ../nbs/07_stats.ipynb #68f07930
 def _trace_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.RecordBatch:
     "One row a trace."
     n, size = len(m.rows), dict(zip(_SIZES, m.sizes.T))
@@ -348,7 +348,7 @@ def _trace_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.R
         compression_factor=_ratio(size["block_chars_raw"], size["summ_chars_raw"]), complete=pa.array(m.complete), issues=pa.array(m.issues, pa.list_(pa.string())))
     return pa.RecordBatch.from_arrays([columns[c] for c in TRACE_COLUMNS.names], schema=TRACE_COLUMNS)
 
-# %% ../nbs/07_stats.ipynb #811275a3
+# %% ../nbs/07_stats.ipynb #e9a32842
 def _block_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.RecordBatch:
     "One row a block."
     row, start, end, chars, words, complete = m.blocks.T
@@ -363,7 +363,7 @@ def _block_columns(m: _Measured, names: dict[str, pa.Array], first: int) -> pa.R
         compress_word=_ratio(memento[1], words), complete=pa.array(complete.astype(bool) & has))
     return pa.RecordBatch.from_arrays([columns[c] for c in BLOCK_COLUMNS.names], schema=BLOCK_COLUMNS)
 
-# %% ../nbs/07_stats.ipynb #5cc45dd4
+# %% ../nbs/07_stats.ipynb #ffecf55e
 def _standard(batch: pa.RecordBatch) -> tuple[pa.Array, dict[str, pa.Array]]:
     "Responses of a batch, and its domain and source."
     response = batch.column(batch.schema.names.index("response"))
@@ -371,7 +371,7 @@ def _standard(batch: pa.RecordBatch) -> tuple[pa.Array, dict[str, pa.Array]]:
     names = {k: (batch.column(batch.schema.names.index(k)).cast(pa.string()) if k in batch.schema.names else pa.nulls(len(batch), pa.string())) for k in ("domain", "source")}
     return response, names
 
-# %% ../nbs/07_stats.ipynb #25980e56
+# %% ../nbs/07_stats.ipynb #d8571ff4
 def _batches(rows: Any, size: int = 128) -> Iterator[pa.RecordBatch]:
     "Batches of rows with a column `response`."
     if isinstance(rows, (str, Path)): rows = load_traces(rows)
@@ -385,7 +385,7 @@ def _batches(rows: Any, size: int = 128) -> Iterator[pa.RecordBatch]:
         yield from _batches_of_rows(((f"row {i}", partial(dict, r)) for i, r in enumerate(rows)), names, COLUMNS, report, size)
         if report.unreadable: warnings.warn(str(report), UnreadableRows, stacklevel=2)
 
-# %% ../nbs/07_stats.ipynb #59211d2b
+# %% ../nbs/07_stats.ipynb #612b53b7
 class _Group(NamedTuple):
     "A row group of a Parquet file."
     path: str # of the file
@@ -393,7 +393,7 @@ class _Group(NamedTuple):
     first: int # number of its first row in the whole source
     rows: int # how many it has
 
-# %% ../nbs/07_stats.ipynb #ad5bbf22
+# %% ../nbs/07_stats.ipynb #d3b534d8
 def _row_groups(rows: Any) -> list[_Group] | None:
     "The row groups of Parquet files, if that is what the rows are."
     if not isinstance(rows, (str, Path)) or not (Path(rows).exists() or "*" in str(rows)): return None
@@ -408,7 +408,7 @@ def _row_groups(rows: Any) -> list[_Group] | None:
             first += n
     return out
 
-# %% ../nbs/07_stats.ipynb #6a7c305e
+# %% ../nbs/07_stats.ipynb #4f5d818b
 def _group_batches(group: _Group) -> Iterator[pa.RecordBatch]:
     "The columns that are measured, of one row group, about 16 MB at a time."
     file = pq.ParquetFile(group.path)
@@ -416,7 +416,7 @@ def _group_batches(group: _Group) -> Iterator[pa.RecordBatch]:
     columns = [c for c in ("response", "domain", "source") if c in file.schema_arrow.names]
     yield from file.iter_batches(min(max(size, 16), 1024), row_groups=[group.group], columns=columns, use_threads=False)
 
-# %% ../nbs/07_stats.ipynb #b3cfb9b6
+# %% ../nbs/07_stats.ipynb #3dcf143a
 def _with_tokens(out: pa.RecordBatch, m: _Measured, column: pa.Array, count_tokens: Callable, per_trace: bool) -> pa.RecordBatch:
     "Add block_tokens, summ_tokens and their ratio."
     texts = column.to_pylist()
@@ -430,7 +430,7 @@ def _with_tokens(out: pa.RecordBatch, m: _Measured, column: pa.Array, count_toke
 
 _KINDS = dict(trace=(TRACE_COLUMNS, _trace_columns), block=(BLOCK_COLUMNS, _block_columns))
 
-# %% ../nbs/07_stats.ipynb #88a6f202
+# %% ../nbs/07_stats.ipynb #ef58553c
 def _tables_of(batch: pa.RecordBatch, kinds: tuple[str, ...], words: bool, count_tokens: Callable | None, first: int) -> list[pa.RecordBatch]:
     "One batch of responses as a batch of each table."
     column, names = _standard(batch)
@@ -438,7 +438,7 @@ def _tables_of(batch: pa.RecordBatch, kinds: tuple[str, ...], words: bool, count
     out = [_KINDS[k][1](m, names, first) for k in kinds]
     return out if count_tokens is None else [_with_tokens(t, m, column, count_tokens, k == "trace") for t, k in zip(out, kinds)]
 
-# %% ../nbs/07_stats.ipynb #cf53a065
+# %% ../nbs/07_stats.ipynb #cf93a9a5
 def _run_group(args: tuple, group: _Group) -> tuple[list[list[pa.RecordBatch]], int]:
     "All batches of one row group."
     out, at = [], group.first
@@ -447,7 +447,7 @@ def _run_group(args: tuple, group: _Group) -> tuple[list[list[pa.RecordBatch]], 
         at += len(batch)
     return out, group.rows
 
-# %% ../nbs/07_stats.ipynb #64e1c965
+# %% ../nbs/07_stats.ipynb #e0c1d100
 def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[list[pa.RecordBatch]], int]]:
     "(batches of the tables, rows measured), in order."
     groups = _row_groups(rows)
@@ -461,7 +461,7 @@ def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[list[pa.
             yield [_tables_of(batch, *args, first)], len(batch)
             first += len(batch)
 
-# %% ../nbs/07_stats.ipynb #5bc25a13
+# %% ../nbs/07_stats.ipynb #820a6f32
 def measure(
     rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
     kinds: tuple[str, ...] = ("trace", "block"), # which tables: "trace", "block" or both
@@ -480,7 +480,7 @@ def measure(
             bar.update(n)
     return [pa.Table.from_batches([p[i] for p in parts], schema=None if parts else _KINDS[k][0]) for i, k in enumerate(kinds)]
 
-# %% ../nbs/07_stats.ipynb #7179e5d4
+# %% ../nbs/07_stats.ipynb #22ccca79
 def trace_table(
     rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
     count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds block_tokens, summ_tokens, compress_token
@@ -492,7 +492,7 @@ def trace_table(
     "Measure each trace of a corpus; undefined ratios are null."
     return measure(rows, ("trace",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #852ca354
+# %% ../nbs/07_stats.ipynb #72912a3d
 def block_table(
     rows: Any, # as for `trace_table`
     count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each
@@ -504,7 +504,7 @@ def block_table(
     "Measure each block of a corpus; `position` is its place in the trace, between 0 and 1."
     return measure(rows, ("block",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #98924589
+# %% ../nbs/07_stats.ipynb #782ce509
 def bootstrap_median(
     values: np.ndarray, # finite numbers
     level: float = .95, # of the interval
@@ -521,7 +521,7 @@ def bootstrap_median(
     tail = (1 - level) / 2
     return tuple(float(x) for x in np.quantile((at(low) + at(high)) / 2, [tail, 1 - tail]))
 
-# %% ../nbs/07_stats.ipynb #50f2dfa6
+# %% ../nbs/07_stats.ipynb #a0e5616e
 _TRACE_METRICS = ("n_blocks", "chars", "block_chars", "summ_chars", "block_words", "summ_words", "block_tokens", "summ_tokens", "compress_char", "compress_word", "compress_token",
     "trace_ratio_of_sums", "trace_mean_of_ratios", "compression_factor", "gap_share", "marker_share", "answer_chars")
 _BLOCK_METRICS = ("block_chars", "summ_chars", "block_chars_raw", "summ_chars_raw", "block_words", "summ_words", "block_tokens", "summ_tokens", "block_ratio", "compress_char", "compress_word", "compress_token")
@@ -533,7 +533,7 @@ def _describe(values: pa.ChunkedArray, seed: int) -> dict:
     low, high = bootstrap_median(x, seed=seed) or (None, None)
     return dict(n=len(x), median=q[0], q25=q[1], q75=q[2], p95=q[3], ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #fafacca1
+# %% ../nbs/07_stats.ipynb #fd4c684d
 class Summary(NamedTuple):
     "Statistics of a corpus by group."
     metrics: pa.Table # group, level ("trace", "block", "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high; on level "corpus", `median` is the value itself
@@ -551,7 +551,7 @@ class Summary(NamedTuple):
         if found is None: raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
         return found
 
-# %% ../nbs/07_stats.ipynb #458c0e8d
+# %% ../nbs/07_stats.ipynb #80b2a628
 def _groups(table: pa.Table, by: str) -> dict[str, pa.Table]:
     "The rows of each group, and of all."
     keys = table[by].cast(pa.string()).fill_null("(none)")
@@ -559,7 +559,7 @@ def _groups(table: pa.Table, by: str) -> dict[str, pa.Table]:
     names = [n for n, _ in Counter(keys.to_pylist()).most_common()]
     return {n: table.filter(pc.equal(keys, n)) for n in names} | {"all": table}
 
-# %% ../nbs/07_stats.ipynb #5455114f
+# %% ../nbs/07_stats.ipynb #cd49aa77
 def _corpus_rows(group: str, part: pa.Table, seed: int) -> dict:
     "The ratio of sums over a whole group, in the column `median`; up to 20,000 traces with a bootstrap interval over traces (200 draws)."
     above, below = (part[c].to_numpy().astype(float) for c in ("summ_chars_raw", "block_chars_raw"))
@@ -568,7 +568,7 @@ def _corpus_rows(group: str, part: pa.Table, seed: int) -> dict:
     low, high = (None, None) if weights is None else (float(x) for x in np.nanquantile((weights @ above) / np.maximum(weights @ below, 1), [.025, .975]))
     return dict(group=group, level="corpus", metric="corpus_ratio_of_sums", n=len(part), median=value, ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #6261f2e7
+# %% ../nbs/07_stats.ipynb #39c42d2b
 _METRIC_COLUMNS = pa.schema([("group", pa.string()), ("level", pa.string()), ("metric", pa.string()), ("n", pa.int64()),
     *((c, pa.float64()) for c in ("median", "q25", "q75", "p95", "ci_low", "ci_high"))])
 _ISSUE_COLUMNS = pa.schema([("group", pa.string()), ("code", pa.string()), ("severity", pa.string()), ("rows", pa.int64()), ("n", pa.int64())])
@@ -590,7 +590,7 @@ def summarize(
         issues += [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in counts.most_common()]
     return Summary(pa.Table.from_pylist(metrics, schema=_METRIC_COLUMNS), pa.Table.from_pylist(issues, schema=_ISSUE_COLUMNS), by)
 
-# %% ../nbs/07_stats.ipynb #f30c0f19
+# %% ../nbs/07_stats.ipynb #aaf61133
 @patch
 def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_blocks, median_block_words, median_summ_words, median_char_ratio, median_word_ratio
     "The tutorial's table: one row a group, medians over traces, rounded to 3 places."
@@ -608,7 +608,7 @@ def __repr__(self: Summary) -> str: return self.per_domain().to_pandas().to_stri
 @patch
 def _repr_html_(self: Summary) -> str: return self.per_domain().to_pandas().to_html(index=False, escape=True)
 
-# %% ../nbs/07_stats.ipynb #4fd66051
+# %% ../nbs/07_stats.ipynb #b5a2a65b
 class Published(NamedTuple):
     "One published figure."
     statistic: str # what it is, in words
@@ -629,7 +629,7 @@ PAPER = [ # published statistics of OpenMementos, with the definitions that fit 
 ]
 PAPER_ROWS = dict(math=123_333, science=61_485, code=43_739) # rows of OpenMementos by domain
 
-# %% ../nbs/07_stats.ipynb #d10dd2d6
+# %% ../nbs/07_stats.ipynb #351af309
 def compare_with_paper(
     summary: Summary, # of `summarize`, with `blocks` for the figures on single blocks
 ) -> pa.Table: # statistic, group, published, ours, ci_low, ci_high, n, metric
@@ -642,7 +642,7 @@ def compare_with_paper(
         rows.append(dict(statistic=p.statistic, group=p.group, published=published, ours=r.get("median"), ci_low=r.get("ci_low"), ci_high=r.get("ci_high"), n=r.get("n"), metric=f"{p.metric} ({p.level})"))
     return pa.Table.from_pylist(rows)
 
-# %% ../nbs/07_stats.ipynb #2c582435
+# %% ../nbs/07_stats.ipynb #2f8fd25d
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#888888") # Paul Tol's "bright", told apart by colour-blind readers
 
 def _label(name: str) -> str:
@@ -651,7 +651,7 @@ def _label(name: str) -> str:
     name = (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
     return f"\u200b{name}" if name.startswith("_") else name # matplotlib leaves names with an underscore out of legends
 
-# %% ../nbs/07_stats.ipynb #7d62c907
+# %% ../nbs/07_stats.ipynb #31d255b0
 def _by_group(table: pa.Table, by: str = "domain") -> list[tuple[str, str, pa.Table]]:
     "(label, colour, rows) of the six largest groups and of the others together."
     parts = {k: v for k, v in _groups(table, by).items() if k != "all"}
@@ -660,14 +660,14 @@ def _by_group(table: pa.Table, by: str = "domain") -> list[tuple[str, str, pa.Ta
     if len(parts) > 6: out.append((f"{len(parts) - 6} others", _COLOURS[6], pa.concat_tables([parts[n] for n in list(parts)[6:]])))
     return out
 
-# %% ../nbs/07_stats.ipynb #3a9d4eaa
+# %% ../nbs/07_stats.ipynb #0c3ef9d4
 def _axes(n: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
     fig, axes = plt.subplots(1, n, figsize=(7.6, 3.1), layout="constrained", squeeze=False)
     for ax in axes[0]: ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(title, fontsize="medium")
     return fig, list(axes[0])
 
-# %% ../nbs/07_stats.ipynb #8021acaa
+# %% ../nbs/07_stats.ipynb #17dedcc7
 def _log(ax: Axes, *which: str) -> None:
     "Logarithmic axes with plain numbers."
     for w in which:
@@ -677,7 +677,7 @@ def _log(ax: Axes, *which: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
         axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/07_stats.ipynb #62210ea9
+# %% ../nbs/07_stats.ipynb #0a7fa84a
 def plot_block_counts(
     table: pa.Table, # of `trace_table`
 ) -> Figure: # bars side by side, one colour a domain
@@ -693,7 +693,7 @@ def plot_block_counts(
     if groups: ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/07_stats.ipynb #f9e3544b
+# %% ../nbs/07_stats.ipynb #96e545b0
 def plot_sizes(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # box plots on a logarithmic axis; whiskers at the 5th and 95th percentile
@@ -710,7 +710,7 @@ def plot_sizes(
         ax.set_xticks(range(1, len(drawn) + 1), [f"{n}\n{len(x):,}" for n, _, x in drawn])
     return fig
 
-# %% ../nbs/07_stats.ipynb #d6d0f592
+# %% ../nbs/07_stats.ipynb #df99c621
 def plot_ratios(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # histogram and cumulative distribution
@@ -727,7 +727,7 @@ def plot_ratios(
     for ax in (left, right): ax.legend(frameon=False, fontsize="small") if drawn else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #b6dcb6c5
+# %% ../nbs/07_stats.ipynb #cc4983cf
 def plot_block_against_memento(
     blocks: pa.Table, # of `block_table`
     max_points: int = 5000, # of each domain; a random sample, if there are more
@@ -745,7 +745,7 @@ def plot_block_against_memento(
     ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07_stats.ipynb #bf9b52d0
+# %% ../nbs/07_stats.ipynb #bc7f55a0
 def plot_ratio_by_position(
     blocks: pa.Table, # of `block_table`
     n_bins: int = 5, # equal parts of the trace
@@ -765,7 +765,7 @@ def plot_ratio_by_position(
     ax.legend(frameon=False, fontsize="small") if blocks.num_rows else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #82698bf9
+# %% ../nbs/07_stats.ipynb #930738ea
 def plot_all(
     table: pa.Table, # of `trace_table`
     blocks: pa.Table, # of `block_table`
