@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings, strategies as st
 
-from tracebook.book import _accounts, _trace_item, make_book, render_trace, visible
+from tracebook.book import _trace_item, make_book, render_trace, visible
 from tracebook.memento import MEMENTO_TOKENS, build_memento, parse
 from tracebook.sources import load_traces, make_traces, sample_traces, sample_zoo
 from tracebook.stats import measure, summarize

@@ -1,5 +1,5 @@
 "The command: exit codes, one-line errors, pipes, JSON for machines."
-import io, json, os, re, subprocess, sys
+import io, json, os, subprocess, sys
 from types import SimpleNamespace
 
 import pyarrow as pa

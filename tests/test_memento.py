@@ -7,7 +7,7 @@ import re
 import sys
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from oracle_memento import reference_parse, reference_serving

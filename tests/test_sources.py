@@ -1,5 +1,5 @@
 "Sources under bad and hostile input: a clear error or a right result, and nothing lost silently."
-import gzip, json, os, resource, struct, subprocess, sys, warnings
+import gzip, json, os, resource, struct, subprocess, sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from hypothesis import given, settings, strategies as st
 
-from tracebook.sources import BadRow, load_report, load_traces, sample_traces, write_whole
+from tracebook.sources import load_report, load_traces, write_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 GOOD = b'{"response": "<think>a</think>b"}\n'

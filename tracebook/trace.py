@@ -151,20 +151,23 @@ def text_of(self: Trace,
     "The text under a span, untouched."
     return None if span is None else self.text[span.start:span.end]
 
-# %% ../nbs/00_trace.ipynb #6d2bf4eb
-def _adjacent_pairs(spans: Iterable[Span]) -> list[tuple[Span, Span | None]]:
-    out = []
+# %% ../nbs/00_trace.ipynb #60475705
+def _adjacent_pairs(spans: Iterable[Span]) -> tuple[list[list], list[Span]]:
+    "[block, memento or None] in order, and the mementos that found no block."
+    links, orphans = [], []
     for span in spans:
-        if span.kind == "block": out.append((span, None))
-        elif span.kind == "memento" and out and out[-1][1] is None: out[-1] = (out[-1][0], span)
-    return out
+        if span.kind == "block": links.append([span, None])
+        elif span.kind == "memento":
+            if links and links[-1][1] is None: links[-1][1] = span
+            else: orphans.append(span)
+    return links, orphans
 
-# %% ../nbs/00_trace.ipynb #7bab881a
+# %% ../nbs/00_trace.ipynb #b805189a
 @patch(as_prop=True)
 def pairs(self: Trace) -> tuple[Pair, ...]: # in the order in which the blocks open
     "Blocks with their mementos; a block without one has None."
     if self._pairs is None:
-        links = _adjacent_pairs(self.spans) if self.links is None else self.links
+        links = _adjacent_pairs(self.spans)[0] if self.links is None else self.links
         object.__setattr__(self, "_pairs", tuple(Pair(i, b, m) for i, (b, m) in enumerate(links)))
     return self._pairs
 
