@@ -101,7 +101,7 @@ def check_clean(copy):
     differences(old, snapshot(copy), "nbdev-clean")
 
 
-def here(args, flags, env):
+def here(args, flags, cells, env):
     "The checks in this environment; returns the exit status of pytest."
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/ROOT.name
@@ -111,16 +111,16 @@ def here(args, flags, env):
     with step("readme", "README.md is what nbs/index.ipynb says"):
         quiet([sys.executable, "tools/readme.py", "--check"], ROOT)
     with step("nbdev", "the notebooks run"):
-        run([command("nbdev-test"), "--n-workers", os.cpu_count(), "--flags", " ".join(flags)], cwd=ROOT, env=env)
+        run([command("nbdev-test"), "--n-workers", os.cpu_count(), "--flags", " ".join(cells)], cwd=ROOT, env=env)
     return pytest(sys.executable, args, flags, env)
 
 
-def colab(args, flags, env, folder, python):
+def colab(args, flags, cells, env, folder, python):
     "The notebooks and the tests in Colab's environment; returns the exit status of pytest."
     import colab
     with step("colab", f"the environment in {folder}"): python = colab.environment(folder, python)
     with step("notebooks", "the notebooks run as on Colab"):
-        run([python, "tools/run_notebooks.py", "--flags", " ".join(flags)], cwd=ROOT, env=env | {"MPLBACKEND": colab.BACKEND})
+        run([python, "tools/run_notebooks.py", "--flags", " ".join(cells)], cwd=ROOT, env=env | {"MPLBACKEND": colab.BACKEND})
     return pytest(python, args, flags, env)
 
 
@@ -143,11 +143,12 @@ def main():
     parser.add_argument("--python", metavar="PATH", help="the Python 3.13 to make it with (default: looked for)")
     given, args = parser.parse_known_args()
     flags = [flag for flag in FLAGS if getattr(given, flag)]
+    cells = flags + ["real"] * bool(os.environ.get("TRACEBOOK_SHARED"))  # cells that need real tokenizers and outputs
     os.environ.pop("IN_TEST", None)  # nbdev-export does nothing where it is set
     env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "0" if given.hub else "1"}
     try:
-        if given.colab: return colab(args, flags, env, Path(given.colab_env).absolute(), given.python)
-        return here(args, flags, env)
+        if given.colab: return colab(args, flags, cells, env, Path(given.colab_env).absolute(), given.python)
+        return here(args, flags, cells, env)
     except Failed as e:
         print(e, *([f"mend with: {e.mend}"] if e.mend else []), sep="\n", flush=True)
         return e.code

@@ -31,9 +31,10 @@ from .memento import _partial, _scanner, parse
 from .sources import COLUMNS, LoadReport, UnreadableRows, _batches_of_rows, _find_files, load_traces
 
 # %% auto #0
-__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'COLUMN_MEANINGS', 'PAPER', 'PAPER_ROWS', 'measure', 'trace_table', 'block_table',
-           'bootstrap_median', 'Summary', 'summarize', 'Published', 'compare_with_paper', 'plot_block_counts',
-           'plot_sizes', 'plot_ratios', 'plot_block_against_memento', 'plot_ratio_by_position', 'plot_all']
+__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'TOKEN_COLUMNS', 'COLUMN_MEANINGS', 'PAPER', 'PAPER_ROWS', 'measure', 'trace_table',
+           'block_table', 'bootstrap_median', 'Summary', 'summarize', 'Published', 'compare_with_paper',
+           'plot_block_counts', 'plot_sizes', 'plot_ratios', 'plot_block_against_memento', 'plot_ratio_by_position',
+           'plot_all']
 
 # %% ../nbs/07_stats.ipynb #30d0ed18
 _WIDE_SPACES = tuple(c.encode() for c in map(chr, range(128, 0x3001)) if c.isspace()) # UTF-8 of the white space beyond ASCII
@@ -182,7 +183,7 @@ def _char_counter(data: np.ndarray, wide: bool = True) -> Callable[[np.ndarray, 
     inner = np.flatnonzero((data & 0xC0) == 0x80)
     return lambda a, b: (b - a) - (np.searchsorted(inner, b) - np.searchsorted(inner, a))
 
-# %% ../nbs/07_stats.ipynb #4450c504
+# %% ../nbs/07_stats.ipynb #daf632f7
 TRACE_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("dialect", pa.string()), ("n_blocks", pa.int64()),
     ("n_mementos", pa.int64()), ("block_chars", pa.int64()), ("summ_chars", pa.int64()), ("block_words", pa.int64()), ("summ_words", pa.int64()),
     ("compress_char", pa.float64()), ("compress_word", pa.float64()), ("chars", pa.int64()), ("block_chars_raw", pa.int64()), ("summ_chars_raw", pa.int64()),
@@ -193,8 +194,10 @@ BLOCK_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("sourc
     ("start", pa.int64()), ("end", pa.int64()), ("block_chars", pa.int64()), ("summ_chars", pa.int64()), ("block_words", pa.int64()), ("summ_words", pa.int64()),
     ("block_chars_raw", pa.int64()), ("summ_chars_raw", pa.int64()), ("block_ratio", pa.float64()), ("compress_char", pa.float64()), ("compress_word", pa.float64()),
     ("complete", pa.bool_())]) # columns of `block_table`
+TOKEN_COLUMNS = {kind: pa.schema([("block_tokens", pa.int64()), ("summ_tokens", pa.int64()), (ratio, pa.float64())])
+    for kind, ratio in (("trace", "trace_token_ratio_of_sums"), ("block", "block_token_ratio"))} # columns that counting tokens adds to each table
 
-# %% ../nbs/07_stats.ipynb #d913f528
+# %% ../nbs/07_stats.ipynb #d15a0dae
 COLUMN_MEANINGS = dict( # name -> meaning, of the columns of both tables
     row="number of the trace among the rows", domain="of the row, null if it has none", source="of the row", dialect="how the trace was read, a key of `DIALECTS`",
     n_blocks="blocks, those without a memento included", n_mementos="mementos, those without a block included",
@@ -204,7 +207,8 @@ COLUMN_MEANINGS = dict( # name -> meaning, of the columns of both tables
     summ_chars_raw="characters of mementos as they stand", gap_chars="characters in gaps", marker_chars="characters in markers", answer_chars="characters of the answer, null if there is none",
     gap_share="gap_chars / chars", marker_share="marker_chars / chars", block_ratio="memento / block in characters as they stand", trace_ratio_of_sums="summ_chars_raw / block_chars_raw",
     trace_mean_of_ratios="mean of block_ratio in the trace", compression_factor="block_chars_raw / summ_chars_raw", complete="trace: everything closed, and an answer; block: closed, and has a memento",
-    issues="codes of all issues, in the order of the text")
+    issues="codes of all issues, in the order of the text", block_tokens="tokens of blocks as they stand, if they are counted", summ_tokens="tokens of mementos as they stand, if they are counted",
+    trace_token_ratio_of_sums="summ_tokens / block_tokens of a trace", block_token_ratio="summ_tokens / block_tokens of a block")
 
 # %% ../nbs/07_stats.ipynb #c07cfdf3
 _SIZES = ("chars", "block_chars_raw", "summ_chars_raw", "gap_chars", "marker_chars", "answer_chars", "n_mementos")
@@ -416,29 +420,41 @@ def _group_batches(group: _Group) -> Iterator[pa.RecordBatch]:
     columns = [c for c in ("response", "domain", "source") if c in file.schema_arrow.names]
     yield from file.iter_batches(min(max(size, 16), 1024), row_groups=[group.group], columns=columns, use_threads=False)
 
-# %% ../nbs/07_stats.ipynb #3dcf143a
-def _with_tokens(out: pa.RecordBatch, m: _Measured, column: pa.Array, count_tokens: Callable, per_trace: bool) -> pa.RecordBatch:
-    "Add block_tokens, summ_tokens and their ratio."
-    texts = column.to_pylist()
-    counts = [np.array(count_tokens([texts[r][a:b] for r, a, b in t[:, :3].tolist()]) if len(t) else [], np.int64) for t in (m.blocks, m.mementos)]
-    if any(len(c) != len(t) for c, t in zip(counts, (m.blocks, m.mementos))): raise ValueError("count_tokens must return one number for each text")
-    if per_trace: blocks, mementos = (np.bincount(t[:, 0], c, len(texts)).astype(np.int64) for t, c in zip((m.blocks, m.mementos), counts))
-    else: blocks, mementos = counts[0], np.where(m.pairs >= 0, np.r_[counts[1], -1][m.pairs], -1)
-    above = np.where(np.bincount(m.mementos[:, 0], minlength=len(texts)) > 0, mementos, -1) if per_trace else mementos
-    for name, values in (("block_tokens", pa.array(blocks)), ("summ_tokens", _optional(mementos)), ("compress_token", _ratio(above, blocks))): out = out.append_column(name, values)
-    return out
+# %% ../nbs/07_stats.ipynb #89090404
+def _count_tokens(m: _Measured, column: pa.Array, count_tokens: Callable) -> tuple[np.ndarray, np.ndarray]:
+    "Tokens of each block and of each memento."
+    texts, sizes, out = column.to_pylist(), getattr(count_tokens, "marker_tokens", (0,) * 4), []
+    for table, (opening, closing) in zip((m.blocks, m.mementos), (sizes[:2], sizes[2:])):
+        counts = np.array(count_tokens([texts[r][a:b] for r, a, b in table[:, :3].tolist()]) if len(table) else [], np.int64)
+        if len(counts) != len(table): raise ValueError("count_tokens must return one number for each text")
+        out.append(counts + opening + closing * table[:, 5])
+    return tuple(out)
+
+# %% ../nbs/07_stats.ipynb #693ffbf2
+def _with_tokens(out: pa.RecordBatch, m: _Measured, counts: tuple[np.ndarray, np.ndarray], kind: str) -> pa.RecordBatch:
+    "Add the columns of `TOKEN_COLUMNS`."
+    blocks, mementos = counts
+    n_rows = len(m.rows)
+    if kind == "trace":
+        blocks, mementos = (np.bincount(t[:, 0], c, n_rows).astype(np.int64) for t, c in zip((m.blocks, m.mementos), counts))
+        above = np.where(np.bincount(m.mementos[:, 0], minlength=n_rows) > 0, mementos, -1) # without any memento the ratio is undefined
+    else: above = mementos = np.where(m.pairs >= 0, np.r_[mementos, -1][m.pairs], -1)
+    values = (pa.array(blocks), _optional(mementos), _ratio(above, blocks))
+    return pa.RecordBatch.from_arrays([*out.columns, *values], schema=pa.unify_schemas([out.schema, TOKEN_COLUMNS[kind]]))
 
 _KINDS = dict(trace=(TRACE_COLUMNS, _trace_columns), block=(BLOCK_COLUMNS, _block_columns))
 
-# %% ../nbs/07_stats.ipynb #ef58553c
+# %% ../nbs/07_stats.ipynb #a3297f5a
 def _tables_of(batch: pa.RecordBatch, kinds: tuple[str, ...], words: bool, count_tokens: Callable | None, first: int) -> list[pa.RecordBatch]:
     "One batch of responses as a batch of each table."
     column, names = _standard(batch)
     m = _merge(_measure(column, words), len(column))
     out = [_KINDS[k][1](m, names, first) for k in kinds]
-    return out if count_tokens is None else [_with_tokens(t, m, column, count_tokens, k == "trace") for t, k in zip(out, kinds)]
+    if count_tokens is None: return out
+    counts = _count_tokens(m, column, count_tokens)
+    return [_with_tokens(t, m, counts, k) for t, k in zip(out, kinds)]
 
-# %% ../nbs/07_stats.ipynb #cf93a9a5
+# %% ../nbs/07_stats.ipynb #3e18a260
 def _run_group(args: tuple, group: _Group) -> tuple[list[list[pa.RecordBatch]], int]:
     "All batches of one row group."
     out, at = [], group.first
@@ -447,7 +463,7 @@ def _run_group(args: tuple, group: _Group) -> tuple[list[list[pa.RecordBatch]], 
         at += len(batch)
     return out, group.rows
 
-# %% ../nbs/07_stats.ipynb #e0c1d100
+# %% ../nbs/07_stats.ipynb #d2062d81
 def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[list[pa.RecordBatch]], int]]:
     "(batches of the tables, rows measured), in order."
     groups = _row_groups(rows)
@@ -461,11 +477,19 @@ def _all_batches(rows: Any, workers: int, *args) -> Iterator[tuple[list[list[pa.
             yield [_tables_of(batch, *args, first)], len(batch)
             first += len(batch)
 
-# %% ../nbs/07_stats.ipynb #820a6f32
+# %% ../nbs/07_stats.ipynb #be7398fd
+def _table_of(batches: list[pa.RecordBatch], kind: str, count_tokens: Callable | None) -> pa.Table:
+    "Batches as a table, with the tokenizer in its metadata."
+    schema = _KINDS[kind][0] if count_tokens is None else pa.unify_schemas([_KINDS[kind][0], TOKEN_COLUMNS[kind]])
+    names = dict(tokenizer="name", tokenizer_hash="hash", markers_counted="markers")
+    meta = {k: str(v) for k, a in names.items() if (v := getattr(count_tokens, a, None)) is not None}
+    return pa.Table.from_batches(batches, schema=schema).replace_schema_metadata(meta or None)
+
+# %% ../nbs/07_stats.ipynb #2cd1074c
 def measure(
     rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
     kinds: tuple[str, ...] = ("trace", "block"), # which tables: "trace", "block" or both
-    count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds block_tokens, summ_tokens, compress_token
+    count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds `TOKEN_COLUMNS`
     *,
     words: bool = True, # False: leave the words out (null)
     workers: int = 1, # threads; more than 1 for Parquet only
@@ -478,12 +502,12 @@ def measure(
         for batches, n in _all_batches(rows, workers, kinds, words, count_tokens):
             parts += batches
             bar.update(n)
-    return [pa.Table.from_batches([p[i] for p in parts], schema=None if parts else _KINDS[k][0]) for i, k in enumerate(kinds)]
+    return [_table_of([p[i] for p in parts], k, count_tokens) for i, k in enumerate(kinds)]
 
-# %% ../nbs/07_stats.ipynb #22ccca79
+# %% ../nbs/07_stats.ipynb #f714d418
 def trace_table(
     rows: Any, # Parquet path, folder or glob; `Dataset`, stream, Arrow table or rows with a column `response`
-    count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds block_tokens, summ_tokens, compress_token
+    count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each; adds `TOKEN_COLUMNS`
     *,
     words: bool = True, # False: leave the words out (null), which is faster
     workers: int = 1, # threads; more than 1 for Parquet only
@@ -492,7 +516,7 @@ def trace_table(
     "Measure each trace of a corpus; undefined ratios are null."
     return measure(rows, ("trace",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #72912a3d
+# %% ../nbs/07_stats.ipynb #7b060069
 def block_table(
     rows: Any, # as for `trace_table`
     count_tokens: Callable[[list[str]], list[int]] | None = None, # texts -> tokens of each
@@ -504,7 +528,7 @@ def block_table(
     "Measure each block of a corpus; `position` is its place in the trace, between 0 and 1."
     return measure(rows, ("block",), count_tokens, words=words, workers=workers, progress=progress)[0]
 
-# %% ../nbs/07_stats.ipynb #782ce509
+# %% ../nbs/07_stats.ipynb #c1aedb0b
 def bootstrap_median(
     values: np.ndarray, # finite numbers
     level: float = .95, # of the interval
@@ -521,10 +545,10 @@ def bootstrap_median(
     tail = (1 - level) / 2
     return tuple(float(x) for x in np.quantile((at(low) + at(high)) / 2, [tail, 1 - tail]))
 
-# %% ../nbs/07_stats.ipynb #a0e5616e
-_TRACE_METRICS = ("n_blocks", "chars", "block_chars", "summ_chars", "block_words", "summ_words", "block_tokens", "summ_tokens", "compress_char", "compress_word", "compress_token",
+# %% ../nbs/07_stats.ipynb #0d5f64a8
+_TRACE_METRICS = ("n_blocks", "chars", "block_chars", "summ_chars", "block_words", "summ_words", "block_tokens", "summ_tokens", "compress_char", "compress_word", "trace_token_ratio_of_sums",
     "trace_ratio_of_sums", "trace_mean_of_ratios", "compression_factor", "gap_share", "marker_share", "answer_chars")
-_BLOCK_METRICS = ("block_chars", "summ_chars", "block_chars_raw", "summ_chars_raw", "block_words", "summ_words", "block_tokens", "summ_tokens", "block_ratio", "compress_char", "compress_word", "compress_token")
+_BLOCK_METRICS = ("block_chars", "summ_chars", "block_chars_raw", "summ_chars_raw", "block_words", "summ_words", "block_tokens", "summ_tokens", "block_ratio", "compress_char", "compress_word", "block_token_ratio")
 
 def _describe(values: pa.ChunkedArray, seed: int) -> dict:
     "Denominator, median, quartiles, p95 and interval of a column; None where there is no value."
@@ -533,7 +557,7 @@ def _describe(values: pa.ChunkedArray, seed: int) -> dict:
     low, high = bootstrap_median(x, seed=seed) or (None, None)
     return dict(n=len(x), median=q[0], q25=q[1], q75=q[2], p95=q[3], ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #fd4c684d
+# %% ../nbs/07_stats.ipynb #ff95019e
 class Summary(NamedTuple):
     "Statistics of a corpus by group."
     metrics: pa.Table # group, level ("trace", "block", "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high; on level "corpus", `median` is the value itself
@@ -551,7 +575,7 @@ class Summary(NamedTuple):
         if found is None: raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
         return found
 
-# %% ../nbs/07_stats.ipynb #80b2a628
+# %% ../nbs/07_stats.ipynb #4fb8befc
 def _groups(table: pa.Table, by: str) -> dict[str, pa.Table]:
     "The rows of each group, and of all."
     keys = table[by].cast(pa.string()).fill_null("(none)")
@@ -559,16 +583,18 @@ def _groups(table: pa.Table, by: str) -> dict[str, pa.Table]:
     names = [n for n, _ in Counter(keys.to_pylist()).most_common()]
     return {n: table.filter(pc.equal(keys, n)) for n in names} | {"all": table}
 
-# %% ../nbs/07_stats.ipynb #cd49aa77
-def _corpus_rows(group: str, part: pa.Table, seed: int) -> dict:
+# %% ../nbs/07_stats.ipynb #d778cbba
+_CORPUS_METRICS = dict(corpus_ratio_of_sums=("summ_chars_raw", "block_chars_raw"), corpus_token_ratio_of_sums=("summ_tokens", "block_tokens"))
+
+def _corpus_row(group: str, part: pa.Table, metric: str, seed: int) -> dict:
     "The ratio of sums over a whole group, in the column `median`; up to 20,000 traces with a bootstrap interval over traces (200 draws)."
-    above, below = (part[c].to_numpy().astype(float) for c in ("summ_chars_raw", "block_chars_raw"))
+    above, below = (part[c].to_numpy().astype(float) for c in _CORPUS_METRICS[metric])
     value = float(above.sum() / below.sum()) if below.sum() > 0 else None
     weights = np.random.default_rng(seed).multinomial(len(part), np.full(len(part), 1 / len(part)), 200) if value is not None and len(part) <= 20_000 else None
     low, high = (None, None) if weights is None else (float(x) for x in np.nanquantile((weights @ above) / np.maximum(weights @ below, 1), [.025, .975]))
-    return dict(group=group, level="corpus", metric="corpus_ratio_of_sums", n=len(part), median=value, ci_low=low, ci_high=high)
+    return dict(group=group, level="corpus", metric=metric, n=len(part), median=value, ci_low=low, ci_high=high)
 
-# %% ../nbs/07_stats.ipynb #39c42d2b
+# %% ../nbs/07_stats.ipynb #4e26ac07
 _METRIC_COLUMNS = pa.schema([("group", pa.string()), ("level", pa.string()), ("metric", pa.string()), ("n", pa.int64()),
     *((c, pa.float64()) for c in ("median", "q25", "q75", "p95", "ci_low", "ci_high"))])
 _ISSUE_COLUMNS = pa.schema([("group", pa.string()), ("code", pa.string()), ("severity", pa.string()), ("rows", pa.int64()), ("n", pa.int64())])
@@ -585,20 +611,21 @@ def summarize(
         for group, part in _groups(source, by).items() if source is not None else ():
             metrics += [dict(group=group, level=level, metric=m, **_describe(part[m], seed)) for m in names if m in part.column_names]
     for group, part in _groups(table, by).items():
-        if len(part): metrics.append(_corpus_rows(group, part, seed))
+        metrics += [_corpus_row(group, part, m, seed) for m, (above, _) in _CORPUS_METRICS.items() if len(part) and above in part.column_names]
         counts = Counter(c for codes in part["issues"].to_pylist() for c in set(codes))
         issues += [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in counts.most_common()]
-    return Summary(pa.Table.from_pylist(metrics, schema=_METRIC_COLUMNS), pa.Table.from_pylist(issues, schema=_ISSUE_COLUMNS), by)
+    counted = table.schema.metadata # the tokenizer's name, if tokens were counted
+    return Summary(pa.Table.from_pylist(metrics, schema=_METRIC_COLUMNS).replace_schema_metadata(counted), pa.Table.from_pylist(issues, schema=_ISSUE_COLUMNS), by)
 
-# %% ../nbs/07_stats.ipynb #aaf61133
+# %% ../nbs/07_stats.ipynb #b6bd2305
 @patch
-def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_blocks, median_block_words, median_summ_words, median_char_ratio, median_word_ratio
+def per_domain(self: Summary) -> pa.Table: # group, n, with_issues, median_blocks, median_block_words, median_summ_words, median_char_ratio, median_word_ratio; median_token_ratio if tokens were counted
     "The tutorial's table: one row a group, medians over traces, rounded to 3 places."
-    wanted = dict(median_blocks="n_blocks", median_block_words="block_words", median_summ_words="summ_words", median_char_ratio="compress_char", median_word_ratio="compress_word")
+    wanted = dict(median_blocks="n_blocks", median_block_words="block_words", median_summ_words="summ_words", median_char_ratio="compress_char", median_word_ratio="compress_word", median_token_ratio="trace_token_ratio_of_sums")
     index, rows = self.index, {}
     for (group, metric, level), r in index.items():
         if (metric, level) == ("n_blocks", "trace"):
-            medians = {name: index[group, m, "trace"]["median"] for name, m in wanted.items()}
+            medians = {name: index[group, m, "trace"]["median"] for name, m in wanted.items() if (group, m, "trace") in index}
             rows[group] = {"group": group, "n": r["n"], **{k: None if v is None else round(v, 3) for k, v in medians.items()}}
     return pa.Table.from_pylist(list(rows.values()))
 
@@ -608,7 +635,7 @@ def __repr__(self: Summary) -> str: return self.per_domain().to_pandas().to_stri
 @patch
 def _repr_html_(self: Summary) -> str: return self.per_domain().to_pandas().to_html(index=False, escape=True)
 
-# %% ../nbs/07_stats.ipynb #b5a2a65b
+# %% ../nbs/07_stats.ipynb #edbae004
 class Published(NamedTuple):
     "One published figure."
     statistic: str # what it is, in words
@@ -626,10 +653,11 @@ PAPER = [ # published statistics of OpenMementos, with the definitions that fit 
     *(Published("median memento, characters", g, 509, 603, "block", "summ_chars_raw", _CARD) for g in ("math", "science", "code")),
     *(Published("median ratio memento/block, characters", g, v, v, "block", "block_ratio", _BOTH) for g, v in (("math", .16), ("science", .23), ("code", .18))),
     Published("sum of mementos / sum of blocks (published in tokens, ours in characters)", "all", 1 / 6, 1 / 6, "corpus", "corpus_ratio_of_sums", _BOTH),
+    Published("sum of mementos / sum of blocks, in tokens of the named tokenizer", "all", 1 / 6, 1 / 6, "corpus", "corpus_token_ratio_of_sums", _BOTH),
 ]
 PAPER_ROWS = dict(math=123_333, science=61_485, code=43_739) # rows of OpenMementos by domain
 
-# %% ../nbs/07_stats.ipynb #351af309
+# %% ../nbs/07_stats.ipynb #53daf2d6
 def compare_with_paper(
     summary: Summary, # of `summarize`, with `blocks` for the figures on single blocks
 ) -> pa.Table: # statistic, group, published, ours, ci_low, ci_high, n, metric
@@ -642,7 +670,7 @@ def compare_with_paper(
         rows.append(dict(statistic=p.statistic, group=p.group, published=published, ours=r.get("median"), ci_low=r.get("ci_low"), ci_high=r.get("ci_high"), n=r.get("n"), metric=f"{p.metric} ({p.level})"))
     return pa.Table.from_pylist(rows)
 
-# %% ../nbs/07_stats.ipynb #2f8fd25d
+# %% ../nbs/07_stats.ipynb #d0d39374
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#888888") # Paul Tol's "bright", told apart by colour-blind readers
 
 def _label(name: str) -> str:
@@ -651,7 +679,7 @@ def _label(name: str) -> str:
     name = (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
     return f"\u200b{name}" if name.startswith("_") else name # matplotlib leaves names with an underscore out of legends
 
-# %% ../nbs/07_stats.ipynb #31d255b0
+# %% ../nbs/07_stats.ipynb #95901676
 def _by_group(table: pa.Table, by: str = "domain") -> list[tuple[str, str, pa.Table]]:
     "(label, colour, rows) of the six largest groups and of the others together."
     parts = {k: v for k, v in _groups(table, by).items() if k != "all"}
@@ -660,14 +688,14 @@ def _by_group(table: pa.Table, by: str = "domain") -> list[tuple[str, str, pa.Ta
     if len(parts) > 6: out.append((f"{len(parts) - 6} others", _COLOURS[6], pa.concat_tables([parts[n] for n in list(parts)[6:]])))
     return out
 
-# %% ../nbs/07_stats.ipynb #0c3ef9d4
+# %% ../nbs/07_stats.ipynb #9e2a0daf
 def _axes(n: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
     fig, axes = plt.subplots(1, n, figsize=(7.6, 3.1), layout="constrained", squeeze=False)
     for ax in axes[0]: ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(title, fontsize="medium")
     return fig, list(axes[0])
 
-# %% ../nbs/07_stats.ipynb #17dedcc7
+# %% ../nbs/07_stats.ipynb #a37ab485
 def _log(ax: Axes, *which: str) -> None:
     "Logarithmic axes with plain numbers."
     for w in which:
@@ -677,7 +705,7 @@ def _log(ax: Axes, *which: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
         axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/07_stats.ipynb #0a7fa84a
+# %% ../nbs/07_stats.ipynb #fbe37de3
 def plot_block_counts(
     table: pa.Table, # of `trace_table`
 ) -> Figure: # bars side by side, one colour a domain
@@ -693,7 +721,7 @@ def plot_block_counts(
     if groups: ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/07_stats.ipynb #96e545b0
+# %% ../nbs/07_stats.ipynb #67109018
 def plot_sizes(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # box plots on a logarithmic axis; whiskers at the 5th and 95th percentile
@@ -710,7 +738,7 @@ def plot_sizes(
         ax.set_xticks(range(1, len(drawn) + 1), [f"{n}\n{len(x):,}" for n, _, x in drawn])
     return fig
 
-# %% ../nbs/07_stats.ipynb #df99c621
+# %% ../nbs/07_stats.ipynb #f8b3972e
 def plot_ratios(
     blocks: pa.Table, # of `block_table`
 ) -> Figure: # histogram and cumulative distribution
@@ -727,7 +755,7 @@ def plot_ratios(
     for ax in (left, right): ax.legend(frameon=False, fontsize="small") if drawn else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #cc4983cf
+# %% ../nbs/07_stats.ipynb #e8a4197c
 def plot_block_against_memento(
     blocks: pa.Table, # of `block_table`
     max_points: int = 5000, # of each domain; a random sample, if there are more
@@ -745,7 +773,7 @@ def plot_block_against_memento(
     ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07_stats.ipynb #bc7f55a0
+# %% ../nbs/07_stats.ipynb #347cee9c
 def plot_ratio_by_position(
     blocks: pa.Table, # of `block_table`
     n_bins: int = 5, # equal parts of the trace
@@ -765,7 +793,7 @@ def plot_ratio_by_position(
     ax.legend(frameon=False, fontsize="small") if blocks.num_rows else None
     return fig
 
-# %% ../nbs/07_stats.ipynb #930738ea
+# %% ../nbs/07_stats.ipynb #878fbb6f
 def plot_all(
     table: pa.Table, # of `trace_table`
     blocks: pa.Table, # of `block_table`
