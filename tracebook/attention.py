@@ -269,30 +269,35 @@ def _named(policies: Any) -> dict[str, ContextPolicy]:
     policies = [policies] if isinstance(policies, (str, ContextPolicy)) else list(policies)
     return {p if isinstance(p, str) else p.label: ContextPolicy.of(p) for p in policies}
 
-# %% ../nbs/08_attention.ipynb #1c768a29
+# %% ../nbs/08_attention.ipynb #84acbdc5
 CONTEXT_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("policy", pa.string()), ("n_tokens", pa.int64()), ("prompt_tokens", pa.int64()),
     ("n_blocks", pa.int64()), ("n_evicted", pa.int64()), ("peak", pa.int64()), ("auc", pa.int64()), ("mean", pa.float64()), ("final", pa.int64()),
     ("peak_ratio", pa.float64()), ("auc_ratio", pa.float64())]) # columns of `context_curve`
+_GB_COLUMNS = ("peak_gb", "auc_gb_ktok") # and those that a model adds
 
-def _curve_row(blocks: Sequence[TokenBlock], n: int, prompt: int, policy: ContextPolicy, sees: bool) -> dict:
+def _curve_row(blocks: Sequence[TokenBlock], n: int, given: int, policy: ContextPolicy, sees: bool, kv_bytes: KVBytes | None) -> dict:
     "The numbers of one trace under one policy; ratios to the same tokens without eviction."
-    curve, evicted = kv_occupancy(visible_until(blocks, n, _in_cache(policy), sees)), sum(t is not None for t in policy.evictions(blocks))
-    peak, auc, full = curve.peak + prompt, curve.auc + prompt * n, prompt * n + n * (n + 1) // 2
-    return dict(n_tokens=n, prompt_tokens=prompt, n_blocks=len(blocks), n_evicted=evicted, peak=peak, auc=auc, mean=auc / n if n else None,
-        final=prompt + (int(curve.occupancy[-1]) if n else 0), peak_ratio=peak / (prompt + n) if prompt + n else None, auc_ratio=auc / full if full else None)
+    blocks = [TokenBlock(*(None if p is None else p + given for p in b)) for b in blocks]
+    curve = kv_occupancy(visible_until(blocks, given + n, _in_cache(policy), sees), given)
+    full, evicted = kv_occupancy(torch.full((given + n,), given + n), given), sum(t is not None for t in policy.evictions(blocks))
+    size = {} if kv_bytes is None else {k: getattr(curve.gb(kv_bytes), k) for k in _GB_COLUMNS}
+    return dict(n_tokens=n, prompt_tokens=given, n_blocks=len(blocks), n_evicted=evicted, peak=curve.peak, auc=curve.auc, mean=curve.mean, final=int(curve.occupancy[-1]) if given + n else 0,
+        peak_ratio=curve.peak / full.peak if full.peak else None, auc_ratio=curve.auc / full.auc if full.auc else None, **size)
 
-# %% ../nbs/08_attention.ipynb #b8eccbc2
+# %% ../nbs/08_attention.ipynb #b7fa0887
 def context_curve(
     traces: Any, # what `load_traces` returns or takes, or a list of responses or traces
     tokenizer: Any, # a transformers tokenizer
     policies: Any = ("vanilla", "qwen3", "phi4"), # presets or policies, or name -> policy
     *,
-    prompt: bool = False, # count the problem, as a user's turn, in every step
+    prompt: bool = False, # put the problem, as a user's turn, before the response
+    model: Any = None, # for `kv_bytes_per_token`: adds peak_gb and auc_gb_ktok
     summary_end_sees_block: bool = True, # True as in training, False as in serving
     progress: bool = True, # a progress bar on large corpora
 ) -> pa.Table: # columns of `CONTEXT_COLUMNS`, in tokens; the tokenizer stands in the metadata
     "Peak, area and mean of the context of each trace under each policy."
     policies, marked, out = _named(policies), _with_markers(tokenizer), []
+    kv_bytes = None if model is None else model if isinstance(model, KVBytes) else kv_bytes_per_token(model)
     rows = enumerate(_rows_of(traces))
     total = len(traces) if hasattr(traces, "__len__") and not isinstance(traces, str) else None
     with tqdm(total=total, unit=" traces", desc="context", disable=not progress or (total or 0) < 500) as bar:
@@ -300,10 +305,11 @@ def context_curve(
             for (i, row), tokens in zip(batch, tokenize_trace(marked, [r.trace for _, r in batch])):
                 blocks, given = row.trace.to_token_blocks(tokens), _prompt_tokens(marked, row.problem) if prompt else 0
                 names = dict(row=i, domain=row.domain, source=row.source)
-                out += [names | dict(policy=name) | _curve_row(blocks, len(tokens), given, p, summary_end_sees_block) for name, p in policies.items()]
+                out += [names | dict(policy=name) | _curve_row(blocks, len(tokens), given, p, summary_end_sees_block, kv_bytes) for name, p in policies.items()]
                 bar.update()
     meta = dict(tokenizer=tokenizer_name(tokenizer), tokenizer_hash=tokenizer_hash(marked), summary_end_sees_block=str(bool(summary_end_sees_block)), prompt=str(bool(prompt)))
-    return pa.Table.from_pylist(out, schema=CONTEXT_COLUMNS).replace_schema_metadata(meta)
+    schema = pa.schema([*CONTEXT_COLUMNS, *((c, pa.float64()) for c in _GB_COLUMNS if kv_bytes is not None)])
+    return pa.Table.from_pylist(out, schema=schema).replace_schema_metadata(meta | ({} if kv_bytes is None else dict(kv_bytes_per_token=str(int(kv_bytes)))))
 
 # %% ../nbs/08_attention.ipynb #9b8ff77f
 def plot_context(

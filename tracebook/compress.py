@@ -154,7 +154,7 @@ def compress_trace(
         return cut.result(cut.kept()) if evictions else trace
     return _each(response_or_trace, one)
 
-# %% ../nbs/05_compress.ipynb #0652309c
+# %% ../nbs/05_compress.ipynb #0db646fe
 class BlockFate(NamedTuple):
     "What became of a block."
     index: int # number of the pair, from 0
@@ -164,9 +164,9 @@ class BlockFate(NamedTuple):
     memento_chars: int | None # characters of its memento; None: it has none
 
 REASONS = dict( # why a block is kept or dropped
-    summarised="dropped: its memento stands for it", inside="dropped: it lies inside a dropped block",
-    newest="kept: one of the newest complete pairs", for_answer="kept: no block opens after it, so it stays for the answer", vanilla="kept: the policy forgets nothing",
-    no_memento="kept: it has no memento", unclosed_block="kept: it is never closed", unclosed_memento="kept: its memento is never closed")
+    summarised="dropped: replaced by the memento", inside="dropped: inside a dropped block",
+    newest="kept: among the newest complete pairs", for_answer="kept: for the answer, as no block opens after it", vanilla="kept: the policy forgets nothing",
+    no_memento="kept: without a memento", unclosed_block="kept: never closed", unclosed_memento="kept: the memento is never closed")
 
 # %% ../nbs/05_compress.ipynb #bbbbd610
 class CompressReport(NamedTuple):
