@@ -11,6 +11,7 @@ from tracebook.memento import build_memento
 
 CLEAN = build_memento([("one two three", "one"), ("four five six", "four")], "\n\nThe answer.")
 COMMANDS = ("book", "stats", "parse")
+ALL_COMMANDS = (*COMMANDS, "compress", "context")
 ESCAPES = "\x1b[31m\x1b]0;owned\x07\x9b31m\x7f"
 
 
@@ -36,7 +37,7 @@ def is_one_line(err): return err.startswith("tracebook: error: ") and err.count(
 
 
 def test_help_and_version(call):
-    for args in (["--help"], *([c, "--help"] for c in COMMANDS)):
+    for args in (["--help"], *([c, "--help"] for c in ALL_COMMANDS)):
         code, out, err = call(*args)
         assert code == 0 and not err and "usage: tracebook" in out
     for command in COMMANDS:
@@ -187,3 +188,81 @@ def test_a_killed_run_leaves_the_old_page(tmp_path):
     code = "import os, signal, sys, tracebook.book as b\nb._figures = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nfrom tracebook.cli import main\nmain(['book', '--limit', '1'])"
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path, timeout=60)
     assert p.returncode < 0 and (tmp_path / "tracebook.html").read_text() == "old"
+
+
+# compress and context
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    "A folder with a small tokenizer."
+    from tracebook.sources import sample_traces
+    from tracebook.tokens import make_tokenizer
+    folder = tmp_path_factory.mktemp("tok")/"small-bpe"
+    make_tokenizer(sample_traces()["response"]).save_pretrained(folder)
+    return folder
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("command", ["compress", "context"])
+def test_new_commands_on_bad_input(call, tmp_path, tokenizer, command, name):
+    (tmp_path/name).write_bytes(BAD[name])
+    code, out, err = call(command, name, *(["--tokenizer", tokenizer] if command == "context" else []))
+    assert code == 1 and not out and is_one_line(err.splitlines(True)[-1]), (out, err)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]  # nothing half written
+
+@pytest.mark.parametrize("args", [["--keep-last-k", "x"], ["--keep-last-k", "-2"], ["--keep-last-k", "1", "--policy", "phi4"], ["--policy", "gpt"], ["--out", "a.parquet"], ["--sample", "head"]], ids=" ".join)
+def test_wrong_calls_of_compress(call, args):
+    code, out, err = call("compress", *args)
+    assert code == 2 and not out and "_keep" not in err and "_rows_file" not in err
+
+def test_compress_keeps_all_columns(call, tmp_path):
+    from tracebook.compress import compress_trace
+    rows = [dict(id=7, cot=CLEAN, votes=[1, None], meta=dict(a="é")), dict(id=8, cot=None, votes=[], meta=None), dict(id=9, cot="plain", votes=None, meta=dict(a=None))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path/"rows.parquet")
+    code, out, err = call("compress", "rows.parquet", "--column-map", "response=cot", "--policy", "qwen3")
+    assert code == 0 and not err and "3 rows" in out and "no response" in out and "no blocks" in out
+    assert [strict(l) for l in (tmp_path/"compressed.jsonl").read_text(encoding="utf-8").splitlines()] == [rows[0] | dict(cot=compress_trace(CLEAN, policy="qwen3")), *rows[1:]]
+
+def test_compress_to_a_column_and_onto_itself(call, tmp_path):
+    put(tmp_path/"a.jsonl", dict(response=CLEAN), "broken", dict(response=CLEAN + "\ud83d"))
+    code, out, err = call("compress", "a.jsonl", "--column", "short", "--out", "a.jsonl", "--json")
+    said = strict(out)
+    assert code == 0 and "warning: a.jsonl: 2 rows read, 1 unreadable; a.jsonl:2" in err
+    rows = [strict(l) for l in (tmp_path/"a.jsonl").read_text().splitlines()]
+    assert [r["response"] for r in rows] == [CLEAN, CLEAN + "\ud83d"] and all(len(r["short"]) < len(r["response"]) for r in rows)
+    assert said["rows"] == 2 and said["blocks"] == dict(summarised=2, newest=2) and said["chars_after"] == sum(len(r["short"]) for r in rows)
+    assert [u["where"] for u in said["unreadable"]] == ["a.jsonl:2"]
+    code, out, err = call("compress", "a.jsonl", "--column", "short")
+    assert code == 1 and "has a column 'short' already" in err
+
+def test_compress_through_a_pipe(call):
+    code, out, err = call("compress", "-", "--keep-last-k", "-1", "--out", "-", stdin=CLEAN.encode())
+    assert code == 0 and strict(out) == dict(response=CLEAN) and "100.0 %" in err
+
+def test_compress_a_damaged_file(call, tmp_path):
+    import gzip
+    whole = gzip.compress(b"".join(json.dumps(dict(response=CLEAN, n=i, pad=os.urandom(200).hex())).encode() + b"\n" for i in range(500)))
+    (tmp_path/"cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    code, out, err = call("compress", "cut.jsonl.gz", "--json")
+    assert code == 0 and 50 < strict(out)["rows"] < 500 and strict(out)["unreadable"][-1]["code"] == "damaged_file"
+    assert len((tmp_path/"compressed.jsonl").read_text().splitlines()) == strict(out)["rows"]
+
+def test_context_is_the_library(call, tmp_path, tokenizer):
+    from tracebook.attention import context_curve
+    from tracebook.sources import sample_traces
+    from tracebook.tokens import load_tokenizer
+    from transformers import Qwen3Config
+    Qwen3Config(num_hidden_layers=36, num_key_value_heads=8, head_dim=128).save_pretrained(tmp_path/"model")
+    code, out, err = call("context", "--tokenizer", tokenizer, "--policy", "qwen3", "--policy", "vanilla", "--model", "model", "--json", "--out", "c.jsonl", "--limit", 5)
+    said = strict(out)
+    assert code == 0 and said["tokenizer"] == "small-bpe" and said["kv_bytes_per_token"] == "147456" and said["caveats"]
+    want = context_curve(sample_traces().select(range(5)), load_tokenizer(tokenizer), ["qwen3", "vanilla"], model=Qwen3Config(num_hidden_layers=36, num_key_value_heads=8, head_dim=128))
+    assert [strict(l) for l in (tmp_path/"c.jsonl").read_text().splitlines()] == want.to_pylist()
+    peaks = sorted(r["peak"] for r in want.to_pylist() if r["policy"] == "qwen3")
+    assert [g["peak"] for g in said["groups"] if (g["domain"], g["policy"]) == ("all", "qwen3")] == [peaks[2]]
+    code, out, err = call("context", "--tokenizer", tokenizer, "--prompt", "--limit", 3)
+    assert code == 0 and "small-bpe" in out and not err
+
+def test_context_without_a_tokenizer(call, monkeypatch):
+    monkeypatch.setattr("tracebook.tokens.cached_tokenizer", lambda: None)
+    code, out, err = call("context")
+    assert code == 1 and is_one_line(err) and "--tokenizer Qwen/Qwen3-8B" in err

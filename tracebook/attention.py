@@ -39,7 +39,7 @@ def _check_blocks(spans: Sequence[TokenBlock], n_tokens: int) -> None:
         there = [p for p in block if p is not None]
         if not there or there != sorted(set(there)) or there[0] < 0 or there[-1] >= n_tokens: raise ValueError(f"block {i} of {n_tokens:,} tokens has its markers at {tuple(block)}: they must lie in the sequence, in increasing order")
 
-# %% ../nbs/08_attention.ipynb #de8052e7
+# %% ../nbs/08_attention.ipynb #62308bd4
 def visible_until(
     spans: Sequence[TokenBlock], # positions of the markers, as `parse_memento_ids` and `Trace.to_token_blocks` give them
     n_tokens: int, # length of the sequence
@@ -56,13 +56,13 @@ def visible_until(
     for start, end, until in _apart(gone): out[start:end] = until
     return torch.from_numpy(out)
 
-# %% ../nbs/08_attention.ipynb #8c279b34
+# %% ../nbs/08_attention.ipynb #0de5de41
 def _allowed(until: torch.Tensor) -> torch.Tensor: # bool [n, n]
     "Which query (row) sees which key (column)."
     at = torch.arange(len(until))
     return (at[None] <= at[:, None]) & (at[:, None] < until[None])
 
-# %% ../nbs/08_attention.ipynb #8872653a
+# %% ../nbs/08_attention.ipynb #0205ccce
 def _departures(until: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (steps, how many tokens leave then), by step; a step may come several times
     "The runs of the column that leave; ValueError for a column that cannot be one."
     n = len(until)
@@ -73,7 +73,7 @@ def _departures(until: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (steps, h
     order = np.argsort(steps, kind="stable")[:np.count_nonzero(steps < n)]
     return steps[order], (ends - starts)[order]
 
-# %% ../nbs/08_attention.ipynb #f73b1fac
+# %% ../nbs/08_attention.ipynb #e649fd25
 @dataclass(frozen=True, eq=False, repr=False)
 class KVCurve:
     "How many tokens the cache holds after each step; made by `kv_occupancy`."
@@ -95,7 +95,7 @@ class KVCurve:
         generated = len(self) - self.prompt_length
         return self.auc / generated if generated else None
 
-# %% ../nbs/08_attention.ipynb #8e9e6169
+# %% ../nbs/08_attention.ipynb #0ff9c264
 @patch(as_prop=True)
 def peak(self: KVCurve) -> int: # tokens
     "The most that the cache holds, from the end of the prompt on."
@@ -104,6 +104,7 @@ def peak(self: KVCurve) -> int: # tokens
     size[1:] -= np.cumsum(self._left[1])
     return int(size[came.searchsorted(max(self.prompt_length, 1)):].max(initial=0))
 
+# %% ../nbs/08_attention.ipynb #c784da0a
 @patch(as_prop=True)
 def occupancy(self: KVCurve) -> torch.LongTensor: # [n]
     "Tokens in the cache after each step."
@@ -111,7 +112,7 @@ def occupancy(self: KVCurve) -> torch.LongTensor: # [n]
     np.subtract.at(change, *self._left)
     return torch.from_numpy(np.cumsum(change))
 
-# %% ../nbs/08_attention.ipynb #fb1d5c85
+# %% ../nbs/08_attention.ipynb #c9de3557
 def kv_occupancy(
     visible_until: torch.LongTensor, # [n], of the function of this name
     prompt_length: int = 0, # the first so many tokens were given; they are in the cache, but peak, area and mean are over the others
@@ -122,7 +123,7 @@ def kv_occupancy(
     if not 0 <= prompt_length <= len(until): raise ValueError(f"prompt_length must be between 0 and {len(until):,}, got {prompt_length}")
     return KVCurve(until, prompt_length, _departures(until.numpy()))
 
-# %% ../nbs/08_attention.ipynb #54006a92
+# %% ../nbs/08_attention.ipynb #3455e791
 @patch(as_prop=True)
 def evictions(self: KVCurve) -> torch.LongTensor: # [k, 2]: (step, tokens); from this step on they are no longer there
     "When tokens leave the cache, and how many."
@@ -130,13 +131,13 @@ def evictions(self: KVCurve) -> torch.LongTensor: # [k, 2]: (step, tokens); from
     tokens = np.bincount(which, self._left[1], len(steps)).astype(np.int64)
     return torch.from_numpy(np.stack([steps, tokens], axis=1))
 
-# %% ../nbs/08_attention.ipynb #c30aea00
+# %% ../nbs/08_attention.ipynb #f04e4452
 @patch
 def __repr__(self: KVCurve) -> str:
     size = "nothing generated" if self.mean is None else f"mean {self.mean:,.1f}"
     return f"KVCurve({_count(len(self), 'token')}, peak {self.peak:,}, area {self.auc:,}, {size}, {_count(len(self.evictions), 'eviction')})"
 
-# %% ../nbs/08_attention.ipynb #2b9a6054
+# %% ../nbs/08_attention.ipynb #78bcf9a2
 @patch
 def sawtooth(self: KVCurve) -> Sawtooth: # over the whole sequence, the prompt included
     "The curve by its corners, for plotting."
@@ -148,7 +149,7 @@ def sawtooth(self: KVCurve) -> Sawtooth: # over the whole sequence, the prompt i
     n, whole = len(self), replace(self, prompt_length=0)
     return Sawtooth([*points, (n, size + n - last)], n, whole.peak, whole.auc, size + n - last)
 
-# %% ../nbs/08_attention.ipynb #35c3e615
+# %% ../nbs/08_attention.ipynb #836bb654
 class KVBytes(int):
     "Bytes that one more token takes in the cache, as an int that knows its layers."
     groups: tuple[tuple[int, int | None, int], ...] # (layers, window or None, bytes a token takes in all of them)
@@ -167,7 +168,7 @@ class KVBytes(int):
         kinds = " and ".join(f"{_count(n, 'layer')}{'' if w is None else f' with a window of {w:,}'}" for n, w, _ in self.groups)
         return f"{int(self):,} bytes a token ({self.kib:g} KiB) in {kinds}"
 
-# %% ../nbs/08_attention.ipynb #c7bb89e4
+# %% ../nbs/08_attention.ipynb #b5e73089
 def _layer_types(config: Any) -> list[str]: # of the layers that have a cache of their own
     "What kind of attention each layer has; ValueError for kinds that keep no keys and values."
     latent = [a for a in ("kv_lora_rank", "global_head_dim", "num_global_key_value_heads") if getattr(config, a, None)]
@@ -180,7 +181,7 @@ def _layer_types(config: Any) -> list[str]: # of the layers that have a cache of
     if strange: raise ValueError(f"{config.model_type} has layers of type {', '.join(strange)}, whose memory is no cache of keys and values for each token")
     return types
 
-# %% ../nbs/08_attention.ipynb #efef8358
+# %% ../nbs/08_attention.ipynb #ea42f02a
 def _config(config_or_model_name: Any) -> Any:
     "The config of the text model."
     from transformers import AutoConfig
@@ -190,7 +191,7 @@ def _config(config_or_model_name: Any) -> Any:
         except (OSError, ValueError, KeyError) as e: raise ValueError(f"cannot load the config of {str(config)!r}: give a name on the hub that can be reached or is cached, a folder, or a config object ({' '.join(str(e).split())[:200]})") from e
     return config.get_text_config(decoder=True)
 
-# %% ../nbs/08_attention.ipynb #1ab75134
+# %% ../nbs/08_attention.ipynb #28311a07
 def kv_bytes_per_token(
     config_or_model_name: Any, # a transformers config or model, a folder, or a name on the hub
     dtype: torch.dtype | str | None = None, # of the cache; None: the config's, bfloat16 if it names none
@@ -206,7 +207,7 @@ def kv_bytes_per_token(
     counts = [(types.count("full_attention"), None), (types.count("sliding_attention"), getattr(config, "sliding_window", None))]
     return KVBytes([(n, window, n * one) for n, window in counts if n])
 
-# %% ../nbs/08_attention.ipynb #ddd7b52b
+# %% ../nbs/08_attention.ipynb #640a0fd2
 @patch
 def windowed(self: KVCurve,
     window: int, # tokens that a layer can see, its own included
@@ -216,6 +217,7 @@ def windowed(self: KVCurve,
     n = len(self)
     return kv_occupancy(torch.minimum(self.visible_until, torch.arange(n) + window).clamp(max=n), self.prompt_length)
 
+# %% ../nbs/08_attention.ipynb #29ffd2ea
 class KVSize(NamedTuple):
     "The cache in bytes; 1 GB = 10^9 bytes."
     peak_gb: float # the most that it takes, in GB
@@ -223,7 +225,7 @@ class KVSize(NamedTuple):
     auc_gb_ktok: float # area under the curve, in GB times a thousand tokens
     curve_gb: torch.Tensor # float64 [n]: GB after each step
 
-# %% ../nbs/08_attention.ipynb #d72337f8
+# %% ../nbs/08_attention.ipynb #3a630251
 @patch
 def gb(self: KVCurve,
     kv_bytes: KVBytes | int, # of `kv_bytes_per_token`
@@ -239,7 +241,7 @@ def gb(self: KVCurve,
     peak = float(total[max(self.prompt_length - 1, 0):].max()) if len(total) else 0.
     return KVSize(peak, float(generated.mean()) if len(generated) else None, float(generated.sum()) / 1000, total)
 
-# %% ../nbs/08_attention.ipynb #896cb78b
+# %% ../nbs/08_attention.ipynb #3bc5ac1e
 class _Row(NamedTuple):
     trace: Trace
     domain: str | None
@@ -252,7 +254,7 @@ def _rows_of(traces: Any) -> Iterator[_Row]:
         yield from (_Row(t if isinstance(t, Trace) else parse(t), None, None, None) for t in traces)
     else: yield from (_Row(parse(r["response"]), *(r.get(k) for k in ("domain", "source", "problem"))) for r in (traces if hasattr(traces, "_load_report") else load_traces(traces)))
 
-# %% ../nbs/08_attention.ipynb #5537142b
+# %% ../nbs/08_attention.ipynb #91a793ea
 def _prompt_tokens(tokenizer: Any, problem: str | None) -> int:
     "Tokens of a problem as a user's turn."
     if problem is None: return 0
@@ -263,18 +265,20 @@ def _prompt_tokens(tokenizer: Any, problem: str | None) -> int:
 def _in_cache(policy: ContextPolicy) -> ContextPolicy:
     return replace(policy, restart=False, mask_delimiters=True) if policy.restart else policy
 
+# %% ../nbs/08_attention.ipynb #f1da7728
 def _named(policies: Any) -> dict[str, ContextPolicy]:
     "Policies by name."
     if isinstance(policies, Mapping): return {str(k): ContextPolicy.of(p) for k, p in policies.items()}
     policies = [policies] if isinstance(policies, (str, ContextPolicy)) else list(policies)
     return {p if isinstance(p, str) else p.label: ContextPolicy.of(p) for p in policies}
 
-# %% ../nbs/08_attention.ipynb #84acbdc5
+# %% ../nbs/08_attention.ipynb #71a4d39b
 CONTEXT_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("policy", pa.string()), ("n_tokens", pa.int64()), ("prompt_tokens", pa.int64()),
     ("n_blocks", pa.int64()), ("n_evicted", pa.int64()), ("peak", pa.int64()), ("auc", pa.int64()), ("mean", pa.float64()), ("final", pa.int64()),
     ("peak_ratio", pa.float64()), ("auc_ratio", pa.float64())]) # columns of `context_curve`
 _GB_COLUMNS = ("peak_gb", "auc_gb_ktok") # and those that a model adds
 
+# %% ../nbs/08_attention.ipynb #08c1b73b
 def _curve_row(blocks: Sequence[TokenBlock], n: int, given: int, policy: ContextPolicy, sees: bool, kv_bytes: KVBytes | None) -> dict:
     "The numbers of one trace under one policy; ratios to the same tokens without eviction."
     blocks = [TokenBlock(*(None if p is None else p + given for p in b)) for b in blocks]
@@ -284,7 +288,7 @@ def _curve_row(blocks: Sequence[TokenBlock], n: int, given: int, policy: Context
     return dict(n_tokens=n, prompt_tokens=given, n_blocks=len(blocks), n_evicted=evicted, peak=curve.peak, auc=curve.auc, mean=curve.mean, final=int(curve.occupancy[-1]) if given + n else 0,
         peak_ratio=curve.peak / full.peak if full.peak else None, auc_ratio=curve.auc / full.auc if full.auc else None, **size)
 
-# %% ../nbs/08_attention.ipynb #b7fa0887
+# %% ../nbs/08_attention.ipynb #0b1b734c
 def context_curve(
     traces: Any, # what `load_traces` returns or takes, or a list of responses or traces
     tokenizer: Any, # a transformers tokenizer
@@ -311,7 +315,7 @@ def context_curve(
     schema = pa.schema([*CONTEXT_COLUMNS, *((c, pa.float64()) for c in _GB_COLUMNS if kv_bytes is not None)])
     return pa.Table.from_pylist(out, schema=schema).replace_schema_metadata(meta | ({} if kv_bytes is None else dict(kv_bytes_per_token=str(int(kv_bytes)))))
 
-# %% ../nbs/08_attention.ipynb #9b8ff77f
+# %% ../nbs/08_attention.ipynb #09af3c3d
 def plot_context(
     trace: str | Trace, # a response or a trace
     tokenizer: Any, # a transformers tokenizer
@@ -324,7 +328,7 @@ def plot_context(
     curves = {name: kv_occupancy(visible_until(blocks, len(tokens), _in_cache(p))).sawtooth() for name, p in _named(policies).items()}
     return plot_sawtooth(curves, "tokens", f"Tokens in the cache ({tokens.tokenizer})")
 
-# %% ../nbs/08_attention.ipynb #de4fe5e9
+# %% ../nbs/08_attention.ipynb #784ad493
 def plot_reductions(
     table: pa.Table, # of `context_curve`
     policy: str | None = None, # which one; None: the last in the table
@@ -341,7 +345,7 @@ def plot_reductions(
         ax.legend(frameon=False, fontsize="small", loc="upper left")
     return fig
 
-# %% ../nbs/08_attention.ipynb #e7fb59f1
+# %% ../nbs/08_attention.ipynb #de291122
 class PublishedContext(NamedTuple):
     "One cell of Table 1: Memento divided by control."
     model: str # which Memento model
@@ -355,7 +359,7 @@ _TABLE_1 = {"Qwen3-8B": (.39, .34, .38, .32, .47, .40, .35, .34, .32, .29), "Qwe
 PAPER_TABLE_1 = [PublishedContext(model, benchmark, *cells[2 * i:2 * i + 2]) for model, cells in _TABLE_1.items()
     for i, benchmark in enumerate(("AIME'26", "competition math", "MATH-500", "GPQA-D", "LCB v6"))] # microsoft/memento, docs/memento.pdf, Table 1
 
-# %% ../nbs/08_attention.ipynb #6b0d326e
+# %% ../nbs/08_attention.ipynb #08c9448b
 _COMPARABLE = {"Qwen3-8B": "qwen3", "Qwen3-32B": "qwen3", "Phi-4-reasoning 14B": "phi4"} # model -> the preset it was trained with
 TABLE_1_CAVEATS = ( # what is and what is not comparable
     "Published: a Memento model against a control model, which writes its own texts, of other lengths, without blocks. Here: one text, with eviction and without.",
@@ -363,6 +367,7 @@ TABLE_1_CAVEATS = ( # what is and what is not comparable
     "Published ratios of areas shrink or grow with the length of the generated texts; here both have the same length.",
     "Models trained further with RL, and the hybrid Olmo 3, whose windowed layers are small with or without eviction, have no counterpart here.")
 
+# %% ../nbs/08_attention.ipynb #b533f9da
 def compare_with_table_1(
     table: pa.Table, # of `context_curve`, with the presets "qwen3" or "phi4"
 ) -> pa.Table: # model, policy, published_peak, published_auc (ranges over benchmarks), peak, auc (medians over traces), n

@@ -224,7 +224,7 @@ def _under(trace: Trace, tokens: TokenMap | None, key: str) -> dict:
     if tokens is not None: curves["tokens"] = _curve(tokens.token_evictions(evictions), len(tokens))
     return dict(key=key, label=label, describe=policy.describe(), gone=_apart(evictions), characters_left=left, percent=100 * left / len(trace.text), curves=curves)
 
-# %% ../nbs/15_book.ipynb #2f6f2b68
+# %% ../nbs/15_book.ipynb #6b5f580d
 def _pieces(trace: Trace, tokens: TokenMap | None, cut: list[int]) -> list[dict]:
     "The spans of a trace: kind, offsets in characters and tokens, and the text or the number of the pair that has it."
     owner = {s: p.index for p in trace.pairs for s in (p.block, p.memento) if s is not None}
@@ -235,19 +235,21 @@ def _pieces(trace: Trace, tokens: TokenMap | None, cut: list[int]) -> list[dict]
         out.append(dict(kind=span.kind, start=span.start, end=span.end, tokens=at and at[1:3]) | text)
     return out
 
+# %% ../nbs/15_book.ipynb #8ea79209
 def _trace_context(trace: Trace, tokens: TokenMap | None) -> dict | None: # None: nothing could ever be dropped
     "Everything that the context chapter shows of one trace."
     if not any(p.is_complete for p in trace.pairs) or len(trace.spans) > 8 * _MAX_PARTS: return None
     sizes = dict(characters=len(trace.text)) | (dict(tokens=len(tokens)) if tokens is not None else {})
     return dict(sizes=sizes, pieces=_pieces(trace, tokens, []), policies=[_under(trace, tokens, key) for key in _POLICIES])
 
-# %% ../nbs/15_book.ipynb #b3d27118
+# %% ../nbs/15_book.ipynb #6323cef0
 def _percent(values: list[float]) -> str: # such as "42 %", and a second line
     "The median as per cent, and its quartiles below."
     if not values: return "–"
     low, mid, high = (100 * float(x) for x in np.quantile(values, [.25, .5, .75]))
     return f"{mid:.0f} %\n{low:.0f} to {high:.0f}"
 
+# %% ../nbs/15_book.ipynb #895031b6
 def _context_table(contexts: list[dict], note: str) -> dict | None:
     "One row a policy, over the traces that have a context; None if there are none."
     if not contexts: return None
@@ -262,7 +264,7 @@ def _context_table(contexts: list[dict], note: str) -> dict | None:
     columns = [dict(key="policy", label="Policy", help="", numeric=False)] + [dict(key=f"{u}-{k}", label=f"{k.capitalize()}, {u}", help=f"{m}, in {u}", numeric=True) for u in units for k, m in meaning.items()]
     return dict(columns=columns, rows=rows, caption=f"Medians over the {_count(len(contexts), 'trace')} of the reader that have a block with a memento, with quartiles below; 100 % is the same trace with everything in sight. {note}")
 
-# %% ../nbs/15_book.ipynb #028dc4b1
+# %% ../nbs/15_book.ipynb #796eacc1
 def _choose_tokenizer(tokenizer: Any) -> tuple[Any, str]: # (tokenizer or None, what the page says about it)
     "The tokenizer that is meant by a name, an object, \"cached\" or None."
     name = cached_tokenizer() if tokenizer == "cached" else tokenizer
@@ -273,7 +275,7 @@ def _choose_tokenizer(tokenizer: Any) -> tuple[Any, str]: # (tokenizer or None, 
     found = ", found in the local cache" if tokenizer == "cached" else ""
     return chosen, f"Tokens are those of {tokenizer_name(chosen)} ({tokenizer_hash(chosen)}){found}, in which the markers are single tokens."
 
-# %% ../nbs/15_book.ipynb #23278aa4
+# %% ../nbs/15_book.ipynb #79f588f1
 _INK = "#010203" # a colour that no plot uses
 _SVG_STYLE = {k: _INK for k in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")} | {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 
@@ -284,7 +286,7 @@ def _svg(fig: Figure) -> Markup:
     text = re.sub(r'style="[^"]*"', lambda m: m[0].replace(_INK, "currentColor"), out.getvalue()) # in styles only, not in words
     return Markup(text[text.index("<svg"):].replace("<svg ", '<svg preserveAspectRatio="xMidYMid meet" ', 1))
 
-# %% ../nbs/15_book.ipynb #9a0a86d4
+# %% ../nbs/15_book.ipynb #1b8a798c
 def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
     "All plots of a corpus for the page."
     out = []
@@ -297,7 +299,7 @@ def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
             out.append(dict(id=name, title=title, caption=caption, alt=f"{title}. {caption}", svg=svg))
     return out
 
-# %% ../nbs/15_book.ipynb #7db16d7c
+# %% ../nbs/15_book.ipynb #8d82848b
 class Book(NamedTuple):
     "A book that was made."
     path: Path # where it lies
@@ -309,14 +311,14 @@ class Book(NamedTuple):
     figures: int # plots
     size: int # bytes
 
-# %% ../nbs/15_book.ipynb #4ec132b7
+# %% ../nbs/15_book.ipynb #5be69fb3
 def _choose(rows: Dataset, max_traces: int, max_chars: int, sizes: list[int]) -> int:
     "How many rows go into the reader."
     n, total = 0, 0
     while n < min(len(rows), max_traces) and (n == 0 or total + sizes[n] <= max_chars): total += min(sizes[n], max_chars); n += 1
     return n
 
-# %% ../nbs/15_book.ipynb #bf495ccd
+# %% ../nbs/15_book.ipynb #a5cff2d2
 def _as_dataset(rows: Any) -> tuple[Dataset, LoadReport]:
     "Rows that can be gone through twice, and the report of how they were read."
     if not hasattr(rows, "_load_report"): rows = load_traces(rows)
@@ -329,7 +331,7 @@ def _environment() -> Environment:
     env.filters["n"] = lambda x: f"{x:,}"
     return env
 
-# %% ../nbs/15_book.ipynb #287c2ccc
+# %% ../nbs/15_book.ipynb #b5173bdb
 def make_book(
     rows: Any, # what `load_traces` returns or takes
     path: str | Path = "tracebook.html", # where the file shall lie

@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
         from tracebook.trace import visible
         super().error(visible(message))
 
-# %% ../nbs/16_cli.ipynb #6d7c37f1
+# %% ../nbs/16_cli.ipynb #78c60b1a
 _TOKENIZER_HELP = "tokenizer: a name on the Hugging Face hub or a folder"
 _PRESETS = ("vanilla", "qwen3", "phi4")
 
@@ -80,6 +80,7 @@ def _add_compress(commands: Any) -> None:
     p.add_argument("--column", metavar="NAME", help="write the result into this column and leave the response as it is (default: replace the response)")
     p.add_argument("--out", type=_rows_file, default="compressed.jsonl", metavar="FILE", help="JSON Lines to write, or - for standard output (default: compressed.jsonl)")
 
+# %% ../nbs/16_cli.ipynb #3fa8505d
 def _add_context(commands: Any, common: list) -> None:
     p = commands.add_parser("context", parents=common, help="how much of a context each policy saves", description="Peak, area and mean of the context in tokens while each trace is written, under each policy.",
         epilog="Example: tracebook context traces.jsonl --tokenizer Qwen/Qwen3-8B --policy qwen3 --model Qwen/Qwen3-8B")
@@ -89,7 +90,7 @@ def _add_context(commands: Any, common: list) -> None:
     p.add_argument("--model", metavar="NAME", help="name on the hub or folder of a model: adds the size of its cache in GB")
     p.add_argument("--out", type=_table_file, metavar="FILE", help="also write one row for each trace and policy to FILE (.parquet, .csv or .jsonl)")
 
-# %% ../nbs/16_cli.ipynb #7cb8c2b5
+# %% ../nbs/16_cli.ipynb #113f54ac
 def _parser() -> argparse.ArgumentParser:
     "The whole command."
     top = _Parser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
@@ -112,13 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_context(commands, common)
     return top
 
-# %% ../nbs/16_cli.ipynb #5c544b72
+# %% ../nbs/16_cli.ipynb #6be2a195
 def _one_response(raw: bytes, name: str) -> list[dict]:
     if not raw.strip(): raise ValueError(f"{name} is empty (empty_file)")
     try: return [dict(response=raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))]
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (byte 0x{raw[e.start]:02x} at byte {e.start})") from None
 
-# %% ../nbs/16_cli.ipynb #0ecb9124
+# %% ../nbs/16_cli.ipynb #2cd0e200
 def _stdin_rows(raw: bytes) -> Any:
     "JSON Lines, a JSON list of rows, or one response."
     start = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -129,7 +130,7 @@ def _stdin_rows(raw: bytes) -> Any:
         if rows and all(isinstance(r, kind) for r in rows): return rows if kind is dict else [dict(response=r) for r in rows]
     return _one_response(raw, "standard input")
 
-# %% ../nbs/16_cli.ipynb #4c50065d
+# %% ../nbs/16_cli.ipynb #18758221
 def _source(args: argparse.Namespace) -> Any:
     "What a call names as its source."
     from tracebook.sources import sample_traces
@@ -141,13 +142,14 @@ def _limit(args: argparse.Namespace) -> int | None:
     from tracebook.sources import _is_hub_name
     return 1000 if args.limit is None and _is_hub_name(args.source) else args.limit
 
+# %% ../nbs/16_cli.ipynb #998056a9
 def _open(args: argparse.Namespace) -> Any:
     "The rows that a call asks for."
     from tracebook.sources import _is_hub_name, load_traces
     sample = args.sample or ("shards" if _is_hub_name(args.source) else "head")
     return load_traces(_source(args), args.config, args.split, _limit(args), sample, args.seed, dict(args.column_map) or None)
 
-# %% ../nbs/16_cli.ipynb #724ecb16
+# %% ../nbs/16_cli.ipynb #2905d61a
 def _one_line(message: str) -> str:
     from tracebook.trace import visible
     return visible(" ".join(message.split()))
@@ -165,7 +167,7 @@ def _run(args: argparse.Namespace) -> tuple[int, str | None]:
         return 1, f"{type(e).__name__}: {e} (this is a fault of tracebook; TRACEBOOK_DEBUG=1 shows where)"
     return 0, None
 
-# %% ../nbs/16_cli.ipynb #9f2dfd30
+# %% ../nbs/16_cli.ipynb #d9249a9a
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the process
 ) -> int: # 0 done, 1 bad input, 2 wrong call, 130 interrupted
@@ -185,7 +187,7 @@ def main(
     if error: print(f"tracebook: error: {_one_line(error)}", file=sys.stderr)
     return code
 
-# %% ../nbs/16_cli.ipynb #7ae2d56f
+# %% ../nbs/16_cli.ipynb #913446e8
 def _book(args: argparse.Namespace) -> None:
     from tracebook.book import make_book
     rows = _open(args)
@@ -198,7 +200,7 @@ def _book(args: argparse.Namespace) -> None:
     domains = f" in {_count(book.domains, 'domain')}" if book.domains else ""
     print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {_count(book.figures, 'plot')}; {shown} to read. Open it in a browser.")
 
-# %% ../nbs/16_cli.ipynb #35321465
+# %% ../nbs/16_cli.ipynb #78563ff1
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     "A rich table; numbers to the right."
     from rich.table import Table
@@ -210,7 +212,7 @@ def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     for row in rows: table.add_row(*(Text(visible(x) if isinstance(x, str) else _number(x)) for x in row))
     return table
 
-# %% ../nbs/16_cli.ipynb #ef71529f
+# %% ../nbs/16_cli.ipynb #c0f1ca8d
 def _write_table(table: Any, path: str) -> None:
     "One row a trace, in the format that the name asks for."
     from tracebook.sources import write_whole
@@ -223,7 +225,7 @@ def _write_table(table: Any, path: str) -> None:
         pyarrow.csv.write_csv(table, out)
     write_whole(path, out.getvalue())
 
-# %% ../nbs/16_cli.ipynb #2e0a9004
+# %% ../nbs/16_cli.ipynb #9fe21a8d
 def _stats(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.sources import load_report
@@ -245,7 +247,7 @@ def _stats(args: argparse.Namespace) -> None:
     ours = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None and r["group"] != "all"]
     if ours: console.print(_table("Beside the published figures of OpenMementos", ["figure", "group", "published", "here"], [(r["statistic"], r["group"], r["published"], round(r["ours"], 3)) for r in ours]))
 
-# %% ../nbs/16_cli.ipynb #449f2ffa
+# %% ../nbs/16_cli.ipynb #e6a3c0cb
 def _parse(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.book import render_trace
@@ -261,7 +263,7 @@ def _parse(args: argparse.Namespace) -> None:
         render_trace(trace, args.width, console)
     if args.out: write_whole(args.out, file.getvalue())
 
-# %% ../nbs/16_cli.ipynb #ae37c16a
+# %% ../nbs/16_cli.ipynb #c7e8995e
 def _compressed(args: argparse.Namespace, column: str, tally: Any) -> Any:
     "The rows with their compressed responses; what became of rows and blocks goes to the tally."
     from tracebook.compress import compress_report
@@ -281,7 +283,7 @@ def _compressed(args: argparse.Namespace, column: str, tally: Any) -> Any:
         if not any(b.action == "dropped" for b in report.blocks): tally.unchanged["nothing_to_drop" if report.blocks else "no_blocks"] += 1
         yield {**row, args.column or column: report.compressed.text}
 
-# %% ../nbs/16_cli.ipynb #c2ac35e3
+# %% ../nbs/16_cli.ipynb #23cb4ac5
 def _json_line(row: dict) -> bytes:
     "A row as a line of JSON; ASCII only where UTF-8 cannot carry it."
     try: return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
@@ -291,7 +293,7 @@ class _Tally(SimpleNamespace):
     "What became of the rows."
     def __init__(self): super().__init__(rows=0, with_column=0, before=0, after=0, unchanged=Counter(), blocks=Counter(), unreadable=[])
 
-# %% ../nbs/16_cli.ipynb #52775ca5
+# %% ../nbs/16_cli.ipynb #c8f93de6
 def _compress(args: argparse.Namespace) -> None:
     from tracebook.sources import LoadReport, UnreadableRows, _source_name, open_whole
     column, tally, to_screen = dict(args.column_map).get("response", "response"), _Tally(), args.out == "-"
@@ -305,7 +307,7 @@ def _compress(args: argparse.Namespace) -> None:
     if tally.unreadable: warnings.warn(str(LoadReport("standard input" if args.source == "-" else _source_name(args.source or "the bundled sample"), rows=tally.rows, unreadable=tally.unreadable)), UnreadableRows)
     _say_compressed(args, tally, sys.stderr if to_screen else sys.stdout)
 
-# %% ../nbs/16_cli.ipynb #37d745a2
+# %% ../nbs/16_cli.ipynb #15763cf2
 def _say_compressed(args: argparse.Namespace, tally: _Tally, file: Any) -> None:
     "What was done: for people, or as JSON."
     from tracebook.compress import REASONS, _policy
@@ -320,7 +322,7 @@ def _say_compressed(args: argparse.Namespace, tally: _Tally, file: Any) -> None:
     why = dict(no_blocks="no blocks", nothing_to_drop="no block may go", no_response="no response")
     for reason, n in tally.unchanged.most_common(): print(f"  {_count(n, 'row')} unchanged: {why[reason]}", file=file)
 
-# %% ../nbs/16_cli.ipynb #bb23c17f
+# %% ../nbs/16_cli.ipynb #5e790e29
 def _context_rows(table: Any) -> list[list]:
     "Medians by domain and policy."
     from statistics import median
@@ -332,7 +334,7 @@ def _context_rows(table: Any) -> list[list]:
     order = sorted(groups, key=lambda g: (g[0] == "all", -len(groups[g]), g[0])) # the policies of a domain stay in their order
     return [[name, policy, len(rows := groups[name, policy]), *(middle(rows, k) for k in ("n_tokens", "peak", "mean")), *(middle(rows, k, 100) for k in ("peak_ratio", "auc_ratio")), *(middle(rows, k) for k in extra)] for name, policy in order]
 
-# %% ../nbs/16_cli.ipynb #8aeaca72
+# %% ../nbs/16_cli.ipynb #4ab4f002
 def _context(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.attention import TABLE_1_CAVEATS, compare_with_table_1, context_curve

@@ -90,7 +90,7 @@ class _Cut:
         i = bisect_right(self.starts, offset) - 1
         return offset - self.removed[i + 1] + max(self.gone[i][1] - offset, 0) if i >= 0 else offset
 
-# %% ../nbs/05_compress.ipynb #452af341
+# %% ../nbs/05_compress.ipynb #0ab30180
 @patch
 def kept(self: _Cut) -> Iterator[Span]:
     "The spans that stay, with their old offsets; an emptied block as an empty span."
@@ -99,13 +99,14 @@ def kept(self: _Cut) -> Iterator[Span]:
         if empty and empty[0][0] <= span.start: yield Span("block", empty[0][0], empty.pop(0)[0])
         if not self.inside(span.start, span.end): yield span
 
+# %% ../nbs/05_compress.ipynb #8fbeefa3
 @patch
 def shift(self: _Cut, span: Span | None) -> Span | None: # None: it is gone
     "A span at its new place."
     if span is None or (span.start, span.end) not in self.emptied and self.inside(span.start, span.end): return None
     return span._replace(start=self.move(span.start), end=self.move(span.end))
 
-# %% ../nbs/05_compress.ipynb #372cc6fd
+# %% ../nbs/05_compress.ipynb #1d416705
 @patch
 def result(self: _Cut, kept: Iterable[Span]) -> Trace:
     "The compressed trace."
@@ -116,7 +117,7 @@ def result(self: _Cut, kept: Iterable[Span]) -> Trace:
     trace = Trace(_without(old.text, self.gone), spans, issues, old.dialect)
     return trace if old.links is None and links == tuple(p[1:] for p in trace.pairs) else Trace(trace.text, spans, issues, old.dialect, links)
 
-# %% ../nbs/05_compress.ipynb #332dba22
+# %% ../nbs/05_compress.ipynb #2c8cd77e
 def _policy(keep_last_k: int | None, policy: ContextPolicy | str | None) -> ContextPolicy:
     "The policy that a call means."
     if policy is None: return ContextPolicy(1 if keep_last_k is None else keep_last_k, mask_delimiters=True)
@@ -128,7 +129,7 @@ def _as_trace(response: str | Trace) -> Trace:
     hint = "; give the column, such as dataset['response']" if isinstance(response, Mapping) or hasattr(response, "column_names") else ""
     raise TypeError(f"expected a response (str), a Trace or a list of them, got {type(response).__name__}{hint}")
 
-# %% ../nbs/05_compress.ipynb #c26b617c
+# %% ../nbs/05_compress.ipynb #0ebdb10d
 def _each(responses: Any, do: Callable) -> Any:
     "Do it with one response, or with each of many; errors name the item."
     if isinstance(responses, (str, bytes, Trace, Mapping)) or hasattr(responses, "column_names") or not hasattr(responses, "__iter__"): return do(responses)
@@ -138,7 +139,7 @@ def _each(responses: Any, do: Callable) -> Any:
         except TypeError as e: raise TypeError(f"item {i}: {e}") from None
     return out
 
-# %% ../nbs/05_compress.ipynb #fddbcf99
+# %% ../nbs/05_compress.ipynb #6494bd44
 def compress_trace(
     response_or_trace: Any, # a response (str), a `Trace`, or a list or column of them
     keep_last_k: int | None = None, # the newest complete pairs that stay whole (default 1); -1: all
@@ -154,7 +155,7 @@ def compress_trace(
         return cut.result(cut.kept()) if evictions else trace
     return _each(response_or_trace, one)
 
-# %% ../nbs/05_compress.ipynb #0db646fe
+# %% ../nbs/05_compress.ipynb #e6130a86
 class BlockFate(NamedTuple):
     "What became of a block."
     index: int # number of the pair, from 0
@@ -168,7 +169,7 @@ REASONS = dict( # why a block is kept or dropped
     newest="kept: among the newest complete pairs", for_answer="kept: for the answer, as no block opens after it", vanilla="kept: the policy forgets nothing",
     no_memento="kept: without a memento", unclosed_block="kept: never closed", unclosed_memento="kept: the memento is never closed")
 
-# %% ../nbs/05_compress.ipynb #bbbbd610
+# %% ../nbs/05_compress.ipynb #9f36e32a
 class CompressReport(NamedTuple):
     "What `compress_trace` did to one trace."
     trace: Trace # the original
@@ -188,7 +189,7 @@ class CompressReport(NamedTuple):
         "Characters after."
         return len(self.compressed.text)
 
-# %% ../nbs/05_compress.ipynb #eb6e9863
+# %% ../nbs/05_compress.ipynb #499bc5cf
 @patch(as_prop=True)
 def percent(self: CompressReport) -> float | None: # 100 * after / before; None for an empty text
     "The tutorial's number: how many per cent of the characters are left."
@@ -199,7 +200,7 @@ def reasons(self: CompressReport) -> Counter: # keys of `REASONS`
     "How many blocks met which fate."
     return Counter(b.reason for b in self.blocks)
 
-# %% ../nbs/05_compress.ipynb #0965fa26
+# %% ../nbs/05_compress.ipynb #9f49877b
 def _fate(pair: Pair, policy: ContextPolicy, evicted: set[int], cut: _Cut) -> BlockFate:
     "Why a pair was kept or dropped."
     block, memento = pair.block, pair.memento
@@ -211,7 +212,7 @@ def _fate(pair: Pair, policy: ContextPolicy, evicted: set[int], cut: _Cut) -> Bl
     else: reason = "for_answer" if policy.keep_last_block_for_answer else "newest"
     return BlockFate(pair.index, REASONS[reason].split(":")[0], reason, block.size, memento and memento.size)
 
-# %% ../nbs/05_compress.ipynb #31691c70
+# %% ../nbs/05_compress.ipynb #aa90fc96
 def _report(trace: Trace, policy: ContextPolicy) -> CompressReport:
     evictions = find_evictions(trace, policy)
     cut, evicted = _Cut(trace, evictions), {e.block for e in evictions}
@@ -219,7 +220,7 @@ def _report(trace: Trace, policy: ContextPolicy) -> CompressReport:
     dropped = tuple(s for s in trace.spans if s.size and cut.inside(s.start, s.end))
     return CompressReport(trace, policy, cut.result(kept) if evictions else trace, kept, dropped, [_fate(p, policy, evicted, cut) for p in trace.pairs])
 
-# %% ../nbs/05_compress.ipynb #32e4972e
+# %% ../nbs/05_compress.ipynb #50bb50cd
 def compress_report(
     response_or_trace: Any, # as for `compress_trace`
     keep_last_k: int | None = None, # the newest complete pairs that stay whole (default 1); -1: all
@@ -229,7 +230,7 @@ def compress_report(
     chosen = _policy(keep_last_k, policy)
     return _each(response_or_trace, lambda r: _report(_as_trace(r), chosen))
 
-# %% ../nbs/05_compress.ipynb #22ad84e1
+# %% ../nbs/05_compress.ipynb #70c1f84b
 @patch
 def __repr__(self: CompressReport) -> str:
     left = "" if self.percent is None else f" ({self.percent:.1f} %)"
@@ -241,7 +242,7 @@ def _repr_html_(self: CompressReport) -> str:
     rows = [f"<tr><td>{b.index}</td><td>{size(b.block_chars)}</td><td>{size(b.memento_chars)}</td><td style='text-align:left'>{escape(REASONS[b.reason])}</td></tr>" for b in self.blocks]
     return f"<p>{escape(repr(self))}</p><table><tr><th>block</th><th>characters</th><th>memento</th><th>fate</th></tr>{''.join(rows)}</table>"
 
-# %% ../nbs/05_compress.ipynb #4b10e74d
+# %% ../nbs/05_compress.ipynb #1c178301
 def _apart(evictions: Sequence[Eviction]) -> list[tuple[int, int, int]]: # (start, end, at), in order
     "Stretches without overlaps, each gone from the earliest time on at which an eviction over it takes place."
     order = sorted(e[:3] for e in evictions)
@@ -253,7 +254,7 @@ def _apart(evictions: Sequence[Eviction]) -> list[tuple[int, int, int]]: # (star
         if waiting: out.append((start, end, waiting[0][0]))
     return out
 
-# %% ../nbs/05_compress.ipynb #e363839b
+# %% ../nbs/05_compress.ipynb #2df67bbb
 class Sawtooth(NamedTuple):
     "The size of a context while a sequence of `n` positions is written."
     points: list[tuple[int, int]] # corners (positions written, positions in sight)
@@ -267,7 +268,7 @@ class Sawtooth(NamedTuple):
         "The average size."
         return self.area / self.n if self.n else None
 
-# %% ../nbs/05_compress.ipynb #c44209f9
+# %% ../nbs/05_compress.ipynb #43b7f23c
 def sawtooth(
     evictions: Sequence[Eviction], # of `find_evictions`, or the same in tokens
     n: int, # length of the whole sequence
@@ -284,7 +285,7 @@ def sawtooth(
     area = n * (n + 1) // 2 - sum((b - a) * (n - at) for a, b, at in stretches)
     return Sawtooth(points, n, max(y for _, y in points), area, points[-1][1])
 
-# %% ../nbs/05_compress.ipynb #a1ee71b1
+# %% ../nbs/05_compress.ipynb #5678df30
 def plot_sawtooth(
     curves: Mapping[str, Sawtooth], # label -> curve
     unit: str = "characters", # what the positions are

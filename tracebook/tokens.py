@@ -51,7 +51,7 @@ def load_tokenizer(
         why = " ".join(str(e).split())
         raise ValueError(f"cannot load the tokenizer {str(name)!r}: give a name on the hub that can be reached or is cached, or a folder with tokenizer.json and tokenizer_config.json ({why[:200]})") from e
 
-# %% ../nbs/06_tokens.ipynb #be8831bf
+# %% ../nbs/06_tokens.ipynb #e83812fe
 def tokenizer_name(
     tokenizer: Any, # a transformers tokenizer
 ) -> str: # of a folder only the last part
@@ -59,6 +59,7 @@ def tokenizer_name(
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     return visible(Path(name).name if Path(name).exists() or Path(name).is_absolute() else name)
 
+# %% ../nbs/06_tokens.ipynb #58c9d7db
 def tokenizer_hash(
     tokenizer: Any, # a transformers tokenizer
 ) -> str: # 12 hexadecimal digits of SHA-256
@@ -68,7 +69,7 @@ def tokenizer_hash(
     else: state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/06_tokens.ipynb #7b00cdc6
+# %% ../nbs/06_tokens.ipynb #4dae8d0d
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
     "The tokens of one text, and which characters each of them covers."
@@ -86,13 +87,14 @@ class TokenMap:
         before = np.concatenate([[0], np.maximum.accumulate(self.ends)[:-1]]) if len(self.ids) else self.ends
         return len(self.text) - int(np.maximum(self.ends - np.maximum(self.starts, before), 0).sum())
 
-# %% ../nbs/06_tokens.ipynb #7d32cb00
+# %% ../nbs/06_tokens.ipynb #cf16e3d5
 def _trims(tokenizer: Any) -> bool:
     "Whether the offsets of a fast tokenizer leave out white space that its tokens hold."
     probe = tokenizer("a b", add_special_tokens=False, return_offsets_mapping=True)
     tokens = [(tokenizer.decode([i]), b - a) for i, (a, b) in zip(probe["input_ids"], probe["offset_mapping"])]
     return any(piece[:1].isspace() and len(piece) > size for piece, size in tokens)
 
+# %% ../nbs/06_tokens.ipynb #29cb8376
 def _with_space(text: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     "Starts of tokens moved back over white space that no token covers."
     before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
@@ -101,7 +103,7 @@ def _with_space(text: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         if text[before[i]:starts[i]].isspace(): moved[i] = before[i]
     return moved
 
-# %% ../nbs/06_tokens.ipynb #8c36b98a
+# %% ../nbs/06_tokens.ipynb #38dfbad0
 def _place_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
     "Starts and ends of tokens by decoding; ValueError where a text does not come back."
     starts, ends, at, first = [], [], 0, 0
@@ -117,7 +119,7 @@ def _place_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[l
     if at < len(text) or first < len(ids): raise ValueError(f"cannot place the tokens of {tokenizer_name(tokenizer)}: decoding them does not give the text back from offset {at} on; use a fast tokenizer")
     return starts, ends
 
-# %% ../nbs/06_tokens.ipynb #fae6e14e
+# %% ../nbs/06_tokens.ipynb #6114812c
 def _encode(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     "(ids, starts, ends) of each text, in one call of the tokenizer."
     if not getattr(tokenizer, "is_fast", False):
@@ -131,7 +133,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], np.nd
         starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
         yield ids, _with_space(text, starts, ends) if trims and len(ids) else starts, ends
 
-# %% ../nbs/06_tokens.ipynb #8426f615
+# %% ../nbs/06_tokens.ipynb #f650b90d
 _AT_ONCE = 4_000_000 # characters in one call of a tokenizer
 
 def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -142,7 +144,7 @@ def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
         portion.append(text); size += len(text)
     if portion: yield portion
 
-# %% ../nbs/06_tokens.ipynb #9196361c
+# %% ../nbs/06_tokens.ipynb #d9caa679
 def tokenize_trace(
     tokenizer: Any, # a transformers tokenizer, fast or not
     trace: str | Trace | Sequence[str | Trace], # a response, a trace, or several
@@ -157,7 +159,7 @@ def tokenize_trace(
         maps += [TokenMap(t, np.array(ids, np.int64), np.maximum.accumulate(a), b, name) for t, (ids, a, b) in zip(portion, _encode(tokenizer, portion))]
     return maps[0] if one else maps
 
-# %% ../nbs/06_tokens.ipynb #60ea9200
+# %% ../nbs/06_tokens.ipynb #8931e218
 @patch
 def index(self: TokenMap,
     offsets: int | np.ndarray, # places in the text, in code points
@@ -166,6 +168,7 @@ def index(self: TokenMap,
     found = np.searchsorted(self.starts, offsets)
     return int(found) if np.ndim(found) == 0 else found
 
+# %% ../nbs/06_tokens.ipynb #abf9842b
 @patch
 def token_spans(self: TokenMap,
     spans: Iterable[Span], # spans of the text, in characters
@@ -175,7 +178,7 @@ def token_spans(self: TokenMap,
     at = self.index(np.array([s[1:3] for s in spans], np.int64).reshape(-1, 2)).tolist()
     return tuple(Span(s.kind, a, b, s.complete) for s, (a, b) in zip(spans, at))
 
-# %% ../nbs/06_tokens.ipynb #1eb1d571
+# %% ../nbs/06_tokens.ipynb #40428ade
 def _same_text(trace: Trace, tokens: TokenMap) -> None:
     if tokens.text != trace.text: raise ValueError(f"these are the tokens of another text ({len(tokens.text):,} characters, the trace has {len(trace.text):,}); call tokenize_trace with this trace")
 
@@ -187,7 +190,7 @@ def to_token_spans(self: Trace,
     _same_text(self, tokens)
     return tokens.token_spans(self.spans)
 
-# %% ../nbs/06_tokens.ipynb #ee400313
+# %% ../nbs/06_tokens.ipynb #919cdcdc
 @patch
 def straddlers(self: TokenMap,
     spans: Iterable[Span], # spans of the text, in characters
@@ -198,7 +201,7 @@ def straddlers(self: TokenMap,
     over = (last >= 0) & (self.ends[np.maximum(last, 0)] > borders) if len(self.ids) else np.zeros(len(borders), bool)
     return np.unique(last[over])
 
-# %% ../nbs/06_tokens.ipynb #20a5836c
+# %% ../nbs/06_tokens.ipynb #4f10f793
 @patch
 def __repr__(self: TokenMap) -> str: return f"TokenMap({_count(len(self), 'token')} of {_count(len(self.text), 'character')}, {self.tokenizer})"
 
@@ -213,7 +216,7 @@ def _repr_html_(self: TokenMap, limit: int = 400) -> str:
     more = f"<p>… {len(self) - limit:,} tokens more</p>" if len(self) > limit else ""
     return f"<p>{escape(repr(self))}</p><code>{''.join(seen)}</code>{more}"
 
-# %% ../nbs/06_tokens.ipynb #969c83c5
+# %% ../nbs/06_tokens.ipynb #f17fa39d
 _ROLES = {m: r for m, r in DIALECTS["memento"].roles.items()} # marker -> role, such as "block_start"
 
 def _single(tokenizer: Any, marker: str) -> int | None:
@@ -221,6 +224,7 @@ def _single(tokenizer: Any, marker: str) -> int | None:
     ids, around = (tokenizer.encode(t, add_special_tokens=False) for t in (marker, f"x{marker}y"))
     return ids[0] if len(ids) == 1 and ids[0] in around and ids[0] != tokenizer.unk_token_id else None
 
+# %% ../nbs/06_tokens.ipynb #2729b175
 def memento_token_ids(
     tokenizer: Any, # a transformers tokenizer
 ) -> dict[str, int]: # block_start, block_end, summary_start, summary_end; think_start and think_end if they are single tokens
@@ -230,7 +234,7 @@ def memento_token_ids(
     if lacking: raise ValueError(f"{', '.join(lacking)}: not one token for {tokenizer_name(tokenizer)}; add_memento_tokens(tokenizer) adds what is missing")
     return {r: i for r, i in ids.items() if i is not None}
 
-# %% ../nbs/06_tokens.ipynb #b6132a28
+# %% ../nbs/06_tokens.ipynb #b6413687
 RELATED_WORDS = dict( # role of a marker -> the words whose vectors it starts from
     block_start=("block", "start", "begin", "section", "step"), block_end=("block", "end", "finish", "section", "done"),
     summary_start=("summary", "summarize", "brief", "recap", "overview"), summary_end=("summary", "end", "finish", "done", "complete"),
@@ -241,12 +245,13 @@ def _word_ids(tokenizer: Any, word: str) -> list[int]:
     inside, alone = (tokenizer.encode(w, add_special_tokens=False) for w in (" " + word, word))
     return inside if len(inside) <= len(alone) else alone
 
-# %% ../nbs/06_tokens.ipynb #a6d5a48c
+# %% ../nbs/06_tokens.ipynb #adb3356b
 def _related_mean(tokenizer: Any, role: str, rows: Any) -> Any:
     "Mean over the related words of a marker, each the mean of its tokens' rows; float32."
     words = [rows[_word_ids(tokenizer, w)].float().mean(0) for w in RELATED_WORDS[role]]
     return sum(words) / len(words)
 
+# %% ../nbs/06_tokens.ipynb #7cad10c8
 def _fill(tokenizer: Any, ids: dict[str, int], rows: Any, noise: Any, std: float = .01) -> None:
     "Write the rows of new tokens, all from the old ones."
     import torch
@@ -256,7 +261,7 @@ def _fill(tokenizer: Any, ids: dict[str, int], rows: Any, noise: Any, std: float
         fresh[i] = mean + std * torch.randn(mean.shape, generator=noise).to(mean.device) if std and mean.ndim else mean
     for i, row in fresh.items(): rows[i] = row.to(rows.dtype)
 
-# %% ../nbs/06_tokens.ipynb #a7b7548e
+# %% ../nbs/06_tokens.ipynb #8d03648b
 def _grow(model: Any, n: int) -> tuple[int, int] | None: # (rows before, rows after); None: they suffice
     "Make room for `n` tokens."
     before = model.get_input_embeddings().weight.shape[0]
@@ -264,6 +269,7 @@ def _grow(model: Any, n: int) -> tuple[int, int] | None: # (rows before, rows af
     model.resize_token_embeddings(n, mean_resizing=False)
     return before, model.get_input_embeddings().weight.shape[0]
 
+# %% ../nbs/06_tokens.ipynb #9a7b5323
 def _initialise(tokenizer: Any, model: Any, ids: dict[str, int], init: str, seed: int) -> bool: # whether the output head has rows of its own
     "Write the rows of new tokens in the embeddings and, if it is separate, in the output head."
     import torch
@@ -277,7 +283,7 @@ def _initialise(tokenizer: Any, model: Any, ids: dict[str, int], init: str, seed
         if head is not None and getattr(head, "bias", None) is not None: _fill(tokenizer, ids, head.bias, noise, 0)
     return untied
 
-# %% ../nbs/06_tokens.ipynb #5e20821d
+# %% ../nbs/06_tokens.ipynb #b849bdbe
 class MementoTokens(NamedTuple):
     "What `add_memento_tokens` found and did."
     ids: dict[str, int] # role -> id of each marker
@@ -292,7 +298,7 @@ class MementoTokens(NamedTuple):
         size = [f"embeddings: {self.resized[0]:,} → {self.resized[1]:,} rows"] if self.resized else []
         return "\n".join(says + size + (["the output head is separate; its rows were written too"] if self.untied and self.initialised else []))
 
-# %% ../nbs/06_tokens.ipynb #2052d7cf
+# %% ../nbs/06_tokens.ipynb #72902771
 def _add_missing(tokenizer: Any) -> tuple[str, ...]:
     "Add the markers that are not one token: those of blocks and mementos as special tokens, thinking tags as ordinary ones."
     missing = tuple(m for m in MEMENTO_TOKENS if _single(tokenizer, m) is None)
@@ -302,7 +308,7 @@ def _add_missing(tokenizer: Any) -> tuple[str, ...]:
     if broken: raise ValueError(f"{tokenizer_name(tokenizer)} does not make one token of {', '.join(broken)}, even when it is added")
     return missing
 
-# %% ../nbs/06_tokens.ipynb #2325b87f
+# %% ../nbs/06_tokens.ipynb #bcf86359
 def add_memento_tokens(
     tokenizer: Any, # gets what it lacks, in place
     model: Any = None, # a transformers model; gets rows for the new tokens, in place
@@ -325,13 +331,13 @@ def add_memento_tokens(
     if fresh: model.config.memento_token_ids = sorted(known | {ids[_ROLES[m]] for m in fresh})
     return MementoTokens(ids, added, special, resized, fresh, untied)
 
-# %% ../nbs/06_tokens.ipynb #c6ac49fa
+# %% ../nbs/06_tokens.ipynb #45a1ff49
 def _with_markers(tokenizer: Any) -> Any:
     "The tokenizer, or a copy of it, in which the markers are single tokens."
     probe = copy.deepcopy(tokenizer)
     return probe if add_memento_tokens(probe).added else tokenizer
 
-# %% ../nbs/06_tokens.ipynb #ea81cb9b
+# %% ../nbs/06_tokens.ipynb #62de7654
 @patch
 def to_token_blocks(self: Trace,
     tokens: TokenMap, # of `tokenize_trace`, for this very text
@@ -346,7 +352,7 @@ def to_token_blocks(self: Trace,
         if i == len(tokens) or tokens.starts[i] != start or tokens.ends[i] != end: raise ValueError(f"{visible(self.text[start:end])!r} at {start} is not one token for {tokens.tokenizer}; add_memento_tokens(tokenizer) makes it one")
     return [TokenBlock(*(None if x < 0 else x for x in row)) for row in at.tolist()]
 
-# %% ../nbs/06_tokens.ipynb #1dcc7e50
+# %% ../nbs/06_tokens.ipynb #2aaa141c
 @patch
 def token_evictions(self: TokenMap,
     evictions: Iterable[Eviction], # in characters, of `find_evictions`
@@ -356,7 +362,7 @@ def token_evictions(self: TokenMap,
     at = self.index(np.array([e[:3] for e in evictions], np.int64).reshape(-1, 3)).tolist()
     return [Eviction(*places, e.block) for places, e in zip(at, evictions)]
 
-# %% ../nbs/06_tokens.ipynb #96200753
+# %% ../nbs/06_tokens.ipynb #290ad860
 class TokenCounter:
     "Counts tokens of texts; made by `token_counter`."
     def __init__(self, tokenizer: Any, markers: bool):
@@ -371,7 +377,7 @@ class TokenCounter:
 
     def __repr__(self) -> str: return f"TokenCounter({self.name}, {self.hash}, markers {'counted' if self.markers else 'not counted'})"
 
-# %% ../nbs/06_tokens.ipynb #c0d352ef
+# %% ../nbs/06_tokens.ipynb #f94a0ef2
 def token_counter(
     tokenizer: Any, # a transformers tokenizer, or the name of one
     markers: bool = False, # count the markers of a block or memento with it
@@ -379,7 +385,7 @@ def token_counter(
     "A counting function for `trace_table(count_tokens=…)`, which writes the name and the hash of the tokenizer into the table."
     return TokenCounter(load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer, markers)
 
-# %% ../nbs/06_tokens.ipynb #dd522861
+# %% ../nbs/06_tokens.ipynb #56bccd34
 BASE_MODELS = ("Qwen/Qwen3-8B", "Qwen/Qwen3-32B", "microsoft/Phi-4-reasoning") # models that the Memento paper starts from
 
 def cached_tokenizer() -> str | None: # a name for `load_tokenizer`; None: nothing is cached
