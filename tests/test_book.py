@@ -221,3 +221,53 @@ def test_the_page_is_the_same_every_time(tmp_path):
     rows = make_traces(5)
     here = {make_book(rows, tmp_path / name).path.read_bytes() for name in ("a.html", "b.html")} | {pages[0]}
     assert len(here) == 1
+
+
+# the context chapter
+
+def contexts(page): return [json.loads(x) for x in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.S)]
+
+def test_context_says_what_the_library_says(tmp_path):
+    from tracebook.attention import kv_occupancy, visible_until
+    from tracebook.book import _POLICIES
+    from tracebook.compress import compress_report
+    from tracebook.tokens import _with_markers, make_tokenizer, tokenize_trace
+    rows = [*sample_traces(), *(dict(problem=None, response=z["response"]) for z in sample_zoo())]
+    tokenizer = make_tokenizer(r["response"] for r in rows)
+    make_book(rows, tmp_path/"b.html", tokenizer=tokenizer)
+    found = contexts((tmp_path/"b.html").read_text(encoding="utf-8"))
+    traces = [t for t in map(parse, (r["response"] for r in rows)) if any(p.is_complete for p in t.pairs)]
+    assert len(found) == len(traces) > 24
+    for c, trace in zip(found, traces):
+        tokens = tokenize_trace(_with_markers(tokenizer), trace)
+        assert c["sizes"] == dict(characters=len(trace.text), tokens=len(tokens))
+        assert [(p["start"], p["end"]) for p in c["pieces"]] == [(s.start, s.end) for s in trace.spans]
+        for under, (label, policy) in zip(c["policies"], _POLICIES.values(), strict=True):
+            report = compress_report(trace, policy=policy)
+            curve, drawn = kv_occupancy(visible_until(trace.to_token_blocks(tokens), len(tokens), policy)), under["curves"]["tokens"]
+            assert under["label"] == label and under["characters_left"] == report.chars_after and under["percent"] == pytest.approx(report.percent)
+            assert (drawn["peak"], drawn["area"], drawn["mean"], drawn["final"]) == (curve.peak, curve.auc, curve.mean, int(curve.occupancy[-1]))
+            assert [tuple(p) for p in drawn["points"]] == curve.sawtooth().points
+
+def test_context_of_hostile_texts(tmp_path):
+    evil = "</script><script>alert(1)</script><!--"
+    text = f"<think>{evil}" + build_memento([("a </script> b", "m"), ("c", "n")], "</script>x").removeprefix("<think>")
+    make_book([dict(response=text, problem=evil)], tmp_path/"b.html", tokenizer=None)
+    page = (tmp_path/"b.html").read_text(encoding="utf-8")
+    assert "alert(1)</script>" not in page and len(contexts(page)) == 1 and contexts(page)[0]["pieces"][1]["text"].startswith(evil)
+
+def test_no_context_without_mementos(tmp_path):
+    make_book([dict(response="<think>Hm</think>x"), dict(response="plain")], tmp_path/"b.html", tokenizer=None)
+    page = (tmp_path/"b.html").read_text(encoding="utf-8")
+    assert not contexts(page) and 'id="context"' not in page
+
+def test_units_are_named(tmp_path, monkeypatch):
+    from tracebook.tokens import make_tokenizer
+    monkeypatch.setattr("tracebook.book.cached_tokenizer", lambda: None)
+    make_book(sample_traces(), tmp_path/"c.html")
+    make_book(sample_traces(), tmp_path/"t.html", tokenizer=make_tokenizer(["x"], name="tiny & small"))
+    without, with_tokens = ((tmp_path/n).read_text(encoding="utf-8") for n in ("c.html", "t.html"))
+    assert "Sizes are in characters and words: no tokenizer was named and none of Qwen/Qwen3-8B" in without and "Ratio in tokens" not in without
+    assert "Tokens are those of tiny &amp; small" in with_tokens and "Ratio in tokens" in with_tokens
+    with pytest.raises(ValueError, match="give a name on the hub"): make_book(sample_traces(), tmp_path/"x.html", tokenizer="no/such")
+    assert not (tmp_path/"x.html").exists()

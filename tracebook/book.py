@@ -249,8 +249,8 @@ def _percent(values: list[float]) -> str: # such as "42 %", and a second line
     low, mid, high = (100 * float(x) for x in np.quantile(values, [.25, .5, .75]))
     return f"{mid:.0f} %\n{low:.0f} to {high:.0f}"
 
-# %% ../nbs/15_book.ipynb #895031b6
-def _context_table(contexts: list[dict], note: str) -> dict | None:
+# %% ../nbs/15_book.ipynb #a2d1f222
+def _context_table(contexts: list[dict]) -> dict | None:
     "One row a policy, over the traces that have a context; None if there are none."
     if not contexts: return None
     units, rows = list(contexts[0]["sizes"]), []
@@ -262,7 +262,7 @@ def _context_table(contexts: list[dict], note: str) -> dict | None:
         rows.append(row)
     meaning = dict(final="in sight at the end, of all", peak="the largest context, of the largest with everything in sight", area="the area under the curve, which is the cost of attention, of the full one")
     columns = [dict(key="policy", label="Policy", help="", numeric=False)] + [dict(key=f"{u}-{k}", label=f"{k.capitalize()}, {u}", help=f"{m}, in {u}", numeric=True) for u in units for k, m in meaning.items()]
-    return dict(columns=columns, rows=rows, caption=f"Medians over the {_count(len(contexts), 'trace')} of the reader that have a block with a memento, with quartiles below; 100 % is the same trace with everything in sight. {note}")
+    return dict(columns=columns, rows=rows, caption=f"Medians over the {_count(len(contexts), 'trace')} of the reader that have a block with a memento, with quartiles below; 100 % is the same trace with everything in sight.")
 
 # %% ../nbs/15_book.ipynb #796eacc1
 def _choose_tokenizer(tokenizer: Any) -> tuple[Any, str]: # (tokenizer or None, what the page says about it)
@@ -318,7 +318,7 @@ def _choose(rows: Dataset, max_traces: int, max_chars: int, sizes: list[int]) ->
     while n < min(len(rows), max_traces) and (n == 0 or total + sizes[n] <= max_chars): total += min(sizes[n], max_chars); n += 1
     return n
 
-# %% ../nbs/15_book.ipynb #a5cff2d2
+# %% ../nbs/15_book.ipynb #cfdd1447
 def _as_dataset(rows: Any) -> tuple[Dataset, LoadReport]:
     "Rows that can be gone through twice, and the report of how they were read."
     if not hasattr(rows, "_load_report"): rows = load_traces(rows)
@@ -328,10 +328,11 @@ def _as_dataset(rows: Any) -> tuple[Dataset, LoadReport]:
 
 def _environment() -> Environment:
     env = Environment(loader=PackageLoader("tracebook", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    env.policies["json.dumps_kwargs"] = dict(sort_keys=True, separators=(",", ":")) # many small numbers: without spaces
     env.filters["n"] = lambda x: f"{x:,}"
     return env
 
-# %% ../nbs/15_book.ipynb #b5173bdb
+# %% ../nbs/15_book.ipynb #2df7575b
 def make_book(
     rows: Any, # what `load_traces` returns or takes
     path: str | Path = "tracebook.html", # where the file shall lie
@@ -359,6 +360,6 @@ def make_book(
         generator=f"tracebook {__version__}", created=None, health=health, unreadable=[dict(where=visible(u.where), reason=visible(u.reason)) for u in report.unreadable[:200]],
         notes=[x for x in (note, *names) if x], domains=_domain_table(summary, table), paper=_paper_table(summary), figures=figures,
         codes=[dict(code=c, severity=i.severity, meaning=i.meaning) for c, i in CODES.items() if i.group == "trace"], reader_note=note,
-        traces=traces, context=_context_table([t["context"] for t in traces if t["context"]], said), tokenizer=said)
+        traces=traces, context=_context_table([t["context"] for t in traces if t["context"]]), tokenizer=said)
     where = write_whole(path, html)
     return Book(where, len(rows), n, len(report.unreadable), health["with_issues"], len(set(table["domain"].drop_null().to_pylist())), len(figures), where.stat().st_size)

@@ -334,7 +334,7 @@ def _context_rows(table: Any) -> list[list]:
     order = sorted(groups, key=lambda g: (g[0] == "all", -len(groups[g]), g[0])) # the policies of a domain stay in their order
     return [[name, policy, len(rows := groups[name, policy]), *(middle(rows, k) for k in ("n_tokens", "peak", "mean")), *(middle(rows, k, 100) for k in ("peak_ratio", "auc_ratio")), *(middle(rows, k) for k in extra)] for name, policy in order]
 
-# %% ../nbs/16_cli.ipynb #4ab4f002
+# %% ../nbs/16_cli.ipynb #630c34dd
 def _context(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.attention import TABLE_1_CAVEATS, compare_with_table_1, context_curve
@@ -345,7 +345,7 @@ def _context(args: argparse.Namespace) -> None:
     if args.out: _write_table(table, args.out)
     meta, rows = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}, _context_rows(table)
     names = ["domain", "policy", "traces", "tokens", "peak", "mean", "peak_%", "area_%", *table.column_names[14:]]
-    published = compare_with_table_1(table).to_pylist()
+    published = compare_with_table_1(table).to_pylist() if {"qwen3", "phi4"} & set(table["policy"].to_pylist()) else []
     if args.json: return print(json.dumps(dict(meta, groups=[dict(zip(names, r)) for r in rows], table_1=published, caveats=TABLE_1_CAVEATS)))
     console = Console(highlight=False, force_jupyter=False)
     console.print(_table(f"Context in tokens of {meta['tokenizer']} ({meta['tokenizer_hash']}), medians; per cent of the same text with nothing evicted", names, rows))

@@ -117,10 +117,12 @@ def result(self: _Cut, kept: Iterable[Span]) -> Trace:
     trace = Trace(_without(old.text, self.gone), spans, issues, old.dialect)
     return trace if old.links is None and links == tuple(p[1:] for p in trace.pairs) else Trace(trace.text, spans, issues, old.dialect, links)
 
-# %% ../nbs/05_compress.ipynb #2c8cd77e
+# %% ../nbs/05_compress.ipynb #4d3b924c
 def _policy(keep_last_k: int | None, policy: ContextPolicy | str | None) -> ContextPolicy:
     "The policy that a call means."
-    if policy is None: return ContextPolicy(1 if keep_last_k is None else keep_last_k, mask_delimiters=True)
+    if policy is None:
+        try: return ContextPolicy(1 if keep_last_k is None else keep_last_k, mask_delimiters=True)
+        except (ValueError, TypeError) as e: raise type(e)(str(e).replace("keep_last_n_blocks", "keep_last_k")) from None
     if keep_last_k is not None: raise ValueError("give keep_last_k or policy, not both: a policy says how many blocks stay")
     return ContextPolicy.of(policy)
 
@@ -268,13 +270,13 @@ class Sawtooth(NamedTuple):
         "The average size."
         return self.area / self.n if self.n else None
 
-# %% ../nbs/05_compress.ipynb #43b7f23c
+# %% ../nbs/05_compress.ipynb #4a2ea275
 def sawtooth(
     evictions: Sequence[Eviction], # of `find_evictions`, or the same in tokens
     n: int, # length of the whole sequence
-) -> Sawtooth: # exact; after t positions, what is evicted at t or before no longer counts
+) -> Sawtooth: # exact; position t, counted from 0, no longer sees what is evicted at t or before
     "How the context grows and falls (microsoft/memento, paper section 4)."
-    stretches = [(a, b, at) for a, b, at in _apart(evictions) if at < n]
+    stretches = [(a, b, at) for a, b, at in _apart(evictions) if a < b and at < n] # an empty block goes without a trace
     lost = Counter()
     for a, b, at in stretches: lost[at] += b - a
     points, seen, last = [(0, 0)], 0, 0
@@ -285,18 +287,20 @@ def sawtooth(
     area = n * (n + 1) // 2 - sum((b - a) * (n - at) for a, b, at in stretches)
     return Sawtooth(points, n, max(y for _, y in points), area, points[-1][1])
 
-# %% ../nbs/05_compress.ipynb #5678df30
+# %% ../nbs/05_compress.ipynb #a9126dae
 def plot_sawtooth(
     curves: Mapping[str, Sawtooth], # label -> curve
     unit: str = "characters", # what the positions are
     title: str = "What is still in sight", # above the plot
-) -> Figure: # one line a curve; the dotted line has the height of its peak
+) -> Figure: # one line a curve, with a dot at its peak
     "The size of the context while a text is written, under several policies."
     fig, ax = plt.subplots(figsize=(7.6, 3.2), layout="constrained")
-    for (label, curve), colour in zip(curves.items(), ("#888888", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee") * len(curves)):
+    colours = ("#888888", "#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")
+    for i, (label, curve) in enumerate(curves.items()):
         x, y = zip(*curve.points)
-        ax.plot(x, y, color=colour, lw=1.6, label=f"{label}: peak {curve.peak:,}, mean {curve.mean or 0:,.0f}")
-        ax.axhline(curve.peak, color=colour, lw=.6, ls=":")
+        dashes = (0, (4, 2)) if i and i % 2 == 0 else "-" # so that a curve below it is seen
+        ax.plot(x, y, color=colours[i % 7], ls=dashes, lw=1.6, label=f"{label}: peak {curve.peak:,}, mean {curve.mean or 0:,.0f}")
+        ax.plot(x[y.index(curve.peak)], curve.peak, "o", ms=5, color=colours[i % 7])
     ax.spines[["top", "right"]].set_visible(False)
     ax.set(xlabel=f"{unit} written", ylabel=f"{unit} in sight", title=title, xlim=(0, None), ylim=(0, None))
     if curves: ax.legend(frameon=False, fontsize="small")

@@ -624,10 +624,10 @@ def _texts(row: dict, trace: Trace) -> Iterator[tuple[str, int, int, str]]:
     whole = "".join(map(trace.text_of, trace.blocks))
     if _squeeze("".join(sentences)) != _squeeze(whole) or any(m in s for s in sentences for m in MEMENTO_TOKENS): yield "sentence_mismatch", 0, len(trace.text), ""
 
-# %% ../nbs/02_sources.ipynb #c6973dec
+# %% ../nbs/02_sources.ipynb #354b4be2
 class FullReport(NamedTuple):
     "What `check_full` found in one row."
-    checks: dict[str, bool] # ranges, counts, block_texts, summary_texts, sentences, same_row, structure -> whether it holds
+    checks: dict[str, bool] # ranges, counts, block_texts, summary_texts, sentences, structure, and same_row if there was a row to compare -> whether it holds
     issues: tuple[Issue, ...] # what does not hold, offsets in the response; those of the response itself included
 
     @property
@@ -638,7 +638,7 @@ class FullReport(NamedTuple):
 _CHECKS = dict(ranges=("range_bad", "range_gap", "range_overlap", "range_end"), counts=("count_mismatch",), block_texts=("block_text_mismatch",),
     summary_texts=("summary_text_mismatch",), sentences=("sentence_mismatch",), same_row=("row_mismatch",))
 
-# %% ../nbs/02_sources.ipynb #60dafd0a
+# %% ../nbs/02_sources.ipynb #d5c3a220
 def check_full(
     row: dict, # a row of config `full`
     default_row: dict | None = None, # the same row of config `default`, to be compared
@@ -653,15 +653,18 @@ def check_full(
     if differ: issues.append(Issue.of("row_mismatch", 0, 0, f"differs in {', '.join(differ)}"))
     codes = {i.code for i in issues}
     sound = len(trace.sections) == 1 and bool((trace.answer or "").strip()) and all(i.severity == "info" for i in trace.issues)
-    return FullReport({k: not codes & set(v) for k, v in _CHECKS.items()} | dict(structure=sound), (*issues, *trace.issues))
+    checks = {k: not codes & set(v) for k, v in _CHECKS.items() if default_row is not None or k != "same_row"}
+    return FullReport(checks | dict(structure=sound), (*issues, *trace.issues))
 
-# %% ../nbs/02_sources.ipynb #4d4c5ccc
+# %% ../nbs/02_sources.ipynb #4e8dac1f
 def full_pass_rates(
     rows: Iterable[dict], # rows of config `full`
-) -> dict[str, tuple[int, int]]: # check -> (rows that pass, rows)
+    default_rows: Iterable[dict] = (), # rows of config `default`, to be compared where the response is the same
+) -> dict[str, tuple[int, int]]: # check -> (rows that pass, rows that were checked)
     "How many rows keep each promise of the `full` config."
-    reports = [check_full(r).checks for r in rows]
-    return {k: (sum(r[k] for r in reports), len(reports)) for k in (*_CHECKS, "structure")}
+    known = {r["response"]: r for r in default_rows}
+    reports = [check_full(r, known.get(r["response"])).checks for r in rows]
+    return {k: (sum(r.get(k, False) for r in reports), sum(k in r for r in reports)) for k in (*_CHECKS, "structure")}
 
 # %% ../nbs/02_sources.ipynb #0380d9f6
 @contextmanager

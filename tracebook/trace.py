@@ -304,15 +304,15 @@ def _repr_html_(self: Trace, max_pairs: int = 40) -> str:
     if self.reasoning and not self.pairs: out.append(_html_part("Reasoning", self.reasoning))
     return "".join(out) + ("<p>No answer.</p>" if self.answer is None else _html_part("<b>Answer</b>", self.answer, open=True))
 
-# %% ../nbs/00_trace.ipynb #a4277212
+# %% ../nbs/00_trace.ipynb #e8e565f9
 @dataclass(frozen=True)
 class ContextPolicy:
-    "Which blocks a model may forget, and when; the settings of microsoft/memento's serving code, under its names."
+    "Which blocks a model may forget, and when; the settings of microsoft/memento's serving code (there restart is called restart_mode, and 0 stands for no cap)."
     keep_last_n_blocks: int = 0 # the newest complete pairs whose blocks stay; -1: all blocks stay for ever
     mask_delimiters: bool = False # True: the two markers of a block go with it (Phi-4); False: they stay (Qwen3, Olmo 3)
     keep_last_block_for_answer: bool = False # a block goes only when the next one opens; only with keep_last_n_blocks=0
     restart: bool = False # the memento is computed once more without its block and its markers; only with keep_last_n_blocks=0
-    max_block_tokens: int | None = None # a block is closed by force after so many tokens; None: never
+    max_block_tokens: int | None = None # while writing, a block is closed by force after so many tokens; None: never. No effect on a text that is there
 
     def __post_init__(self): self._check()
 
@@ -334,24 +334,24 @@ def _check(self: ContextPolicy) -> None:
     if cap is not None: _check_type("max_block_tokens", cap, int)
     if cap is not None and cap < 1: raise ValueError(f"max_block_tokens must be 1 or more, or None for no limit, got {cap}")
 
-# %% ../nbs/00_trace.ipynb #d1ebedfb
+# %% ../nbs/00_trace.ipynb #daaf37c1
 @patch
 def describe(self: ContextPolicy) -> str: # one line
     "What the policy does, for people."
     n, cap = self.keep_last_n_blocks, f"; a block is closed by force after {self.max_block_tokens:,} tokens" if self.max_block_tokens else ""
     if n < 0: return "every block stays in sight for ever" + cap
-    when = f"the newest {_count(n, 'block')} with a memento stay{'s' if n == 1 else ''}, older ones go" if n else "a block goes when its memento ends"
+    when = f"the newest {'block with a memento stays' if n == 1 else f'{n:,} blocks with a memento stay'}, older ones go" if n else "a block goes when its memento ends"
     if self.keep_last_block_for_answer: when = "a block goes when the next one opens, so the last one stays for the answer"
     if self.restart: return f"{when}, with its two markers, and the memento is computed once more without it{cap}"
     its, it = ("their", "them") if n else ("its", "it")
     return f"{when}; {its} two markers {f'go with {it}' if self.mask_delimiters else 'stay'}{cap}"
 
-# %% ../nbs/00_trace.ipynb #615288b2
+# %% ../nbs/00_trace.ipynb #46347c58
 @patch(as_prop=True)
-def label(self: ContextPolicy) -> str: # such as "keep 1, masked"
+def label(self: ContextPolicy) -> str: # such as "keep 1, markers go"
     "A short name."
     parts = ["keep all" if self.keep_last_n_blocks < 0 else f"keep {self.keep_last_n_blocks}"]
-    flags = dict(mask_delimiters="masked", keep_last_block_for_answer="last for answer", restart="restart")
+    flags = dict(mask_delimiters="markers go", keep_last_block_for_answer="last for answer", restart="restart")
     parts += [word for name, word in flags.items() if getattr(self, name)]
     return ", ".join(parts + ([f"cap {self.max_block_tokens:,}"] if self.max_block_tokens else []))
 
@@ -361,15 +361,15 @@ QWEN3 = ContextPolicy(0, mask_delimiters=False) # Memento models of Qwen3 and Ol
 PHI4 = ContextPolicy(0, mask_delimiters=True) # Memento models of Phi-4
 POLICIES = dict(vanilla=VANILLA, qwen3=QWEN3, phi4=PHI4) # the presets by name
 
-# %% ../nbs/00_trace.ipynb #5be8b1d3
+# %% ../nbs/00_trace.ipynb #b71428fe
 @patch(cls_method=True)
 def of(cls: ContextPolicy,
     policy: ContextPolicy | str, # a policy, or a key of `POLICIES`
 ) -> ContextPolicy: # ValueError for a name that is unknown
     "The policy that is meant."
     if isinstance(policy, cls): return policy
-    if policy not in POLICIES: raise ValueError(f"policy {policy!r} is unknown; choose {', '.join(POLICIES)}, or make a ContextPolicy")
-    return POLICIES[policy]
+    if not isinstance(policy, str) or policy.lower() not in POLICIES: raise ValueError(f"policy {policy!r} is unknown; choose {', '.join(POLICIES)}, or make a ContextPolicy")
+    return POLICIES[policy.lower()]
 
 # %% ../nbs/00_trace.ipynb #c4013939
 @patch
