@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from oracle_memento import reference_parse, reference_serving
-from tracebook.memento import MementoStream, build_memento, parse, parse_memento, parse_memento_ids
+from tracebook.memento import MEMENTO_TOKENS, MementoStream, build_memento, parse, parse_memento, parse_memento_ids
 from tracebook.trace import Trace, traces_from_arrow, traces_to_arrow
 
 T, E = "<think>", "</think>"
@@ -958,3 +958,13 @@ def test_work_grows_linearly(name, opts):
 
     fed = [lines_run(lambda: feed(text(n))) for n in (150, 300)]
     assert 0 < fed[1] <= 2.5 * fed[0]
+
+
+def test_a_text_too_long_to_be_copied():
+    "Beyond some megabytes markers are found in another way, with the same result."
+    for text in ("<think>Bx1bSy1s\nBx2bSy2s</think>", "<think>Bx1bSy1sBx2 ", "Bx1bSs</think>END<think>", "</think>B b", ""):
+        for letter, marker in zip("BbSs", MEMENTO_TOKENS[2:]): text = text.replace(letter, marker)
+        pad = "." * (1 << 22)
+        short, long = parse_memento(text + "."), parse_memento(text + pad)
+        assert [s[:2] for s in long.spans] == [s[:2] for s in short.spans] and long.spans[-1].end == len(text + pad)
+        assert [i[:2] for i in long.issues] == [i[:2] for i in short.issues]

@@ -201,6 +201,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tracebook.memento._kinds': ('memento.html#_kinds', 'tracebook/memento.py'),
                                    'tracebook.memento._look_inside': ('memento.html#_look_inside', 'tracebook/memento.py'),
                                    'tracebook.memento._marker_ids': ('memento.html#_marker_ids', 'tracebook/memento.py'),
+                                   'tracebook.memento._marks': ('memento.html#_marks', 'tracebook/memento.py'),
                                    'tracebook.memento._note_pairs': ('memento.html#_note_pairs', 'tracebook/memento.py'),
                                    'tracebook.memento._pair_up': ('memento.html#_pair_up', 'tracebook/memento.py'),
                                    'tracebook.memento._partial': ('memento.html#_partial', 'tracebook/memento.py'),

@@ -41,7 +41,7 @@ def corpus():
     "Real outputs where they are at hand, else the bundled sample; about 36 MB."
     shared = os.environ.get("TRACEBOOK_SHARED")
     file = Path(shared or ".")/"data"/"memento_outputs.jsonl"
-    texts = [json.loads(l)["response"] for l in file.open(encoding="utf-8")] if shared and file.exists() else sample_traces()["response"]
+    texts = [json.loads(l)["response"] for l in file.open(encoding="utf-8")] if shared and file.exists() else list(sample_traces()["response"])
     return texts * (36_000_000 // sum(map(len, texts)))
 
 
