@@ -77,9 +77,12 @@ def test_occupancy(benchmark, row):
             found.append((machine.peak, machine.area, machine.area / N_TOKENS))
         return found
 
-    start = time.perf_counter()
-    theirs = usual()
-    seconds = (time.perf_counter() - start) * N_TRACES / 20
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        theirs = usual()
+        times.append(time.perf_counter() - start)
+    seconds = min(times) * N_TRACES / 20
     mine = benchmark.pedantic(ours, rounds=3)
     assert mine[:20] == theirs
     what = f"peak, area and mean of {N_TRACES:,} traces of {N_TOKENS:,} tokens"
