@@ -33,13 +33,14 @@ __all__ = ['TRAINED_ROLES', 'PROBES', 'Unverified', 'Segment', 'Rendered', 'Ends
            'tokenize_chat', 'Ledger', 'tokenize_chats', 'TemplateReport', 'check_template', 'tokenize_for_trainer',
            'tokenize_for_trainer_multistep']
 
-# %% ../nbs/09_masking.ipynb #876ea4d7
+# %% ../nbs/09_masking.ipynb #57321bf2
 class Unverified(ValueError):
     "A mask that cannot be proven; `code` names the reason."
     def __init__(self, code: str, message: str):
         super().__init__(f"{code}: {message}")
         self.code = code
 
+# %% ../nbs/09_masking.ipynb #3986187b
 class Segment(NamedTuple):
     "A piece of text of a message that gets marks."
     message: int # number of the message
@@ -47,7 +48,7 @@ class Segment(NamedTuple):
     start: int # where the piece begins in the text of its field
     end: int # and where it ends
 
-# %% ../nbs/09_masking.ipynb #354045b0
+# %% ../nbs/09_masking.ipynb #7a49dc63
 _TAGS = re.compile(r"</?(?:think|thinking|reasoning|thought|tool_calls?|tool_response|tool_output|answer)>|<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|\[/?(?:INST|THINK|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]")
 _CLOSERS = ("</think>", "</thinking>", "</reasoning>", "</thought>", "[/THINK]")
 
@@ -61,7 +62,7 @@ def _pieces(text: str) -> Iterator[tuple[int, int]]:
             yield start, start + len(core)
         if m: at = m.end()
 
-# %% ../nbs/09_masking.ipynb #0f0b69f8
+# %% ../nbs/09_masking.ipynb #cba0e6bf
 _REASONING = ("reasoning_content", "thinking", "reasoning") # names under which reasoning comes
 
 class _Marker:
@@ -83,7 +84,7 @@ class _Marker:
             at = b
         return "".join(out) + text[at:]
 
-# %% ../nbs/09_masking.ipynb #1c9307c7
+# %% ../nbs/09_masking.ipynb #0f9dc1f1
 @patch
 def deep(self: _Marker, value: Any, message: int) -> Any:
     "Mark every text in the arguments of a tool call."
@@ -91,6 +92,7 @@ def deep(self: _Marker, value: Any, message: int) -> Any:
     if isinstance(value, Mapping): return {k: self.deep(v, message) for k, v in value.items()}
     return [self.deep(v, message) for v in value] if isinstance(value, (list, tuple)) else value
 
+# %% ../nbs/09_masking.ipynb #5cde0b7e
 @patch
 def call(self: _Marker, call: Mapping, message: int) -> dict:
     "Mark a tool call; arguments that come as a string of JSON are one text."
@@ -99,7 +101,7 @@ def call(self: _Marker, call: Mapping, message: int) -> dict:
     inner["arguments"] = self.deep(inner.get("arguments"), message)
     return {**call, "function": inner} if "function" in call else inner
 
-# %% ../nbs/09_masking.ipynb #f44b83ad
+# %% ../nbs/09_masking.ipynb #ad6ec705
 @patch
 def message(self: _Marker, m: Mapping, i: int, calls: bool = True) -> dict:
     "A message with marks."
@@ -112,14 +114,14 @@ def message(self: _Marker, m: Mapping, i: int, calls: bool = True) -> dict:
     if m.get("tool_calls") and calls: m["tool_calls"] = [self.call(c, i) for c in m["tool_calls"]]
     return m
 
-# %% ../nbs/09_masking.ipynb #3795da62
+# %% ../nbs/09_masking.ipynb #bcb2b325
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     "A message with all its texts changed, its role excepted."
     if isinstance(value, str): return change(value)
     if isinstance(value, Mapping): return {k: v if k in ("role", "type") else _mapped(v, change) for k, v in value.items()}
     return [_mapped(v, change) for v in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/09_masking.ipynb #9d2edd0f
+# %% ../nbs/09_masking.ipynb #f23eb5b8
 class Rendered(NamedTuple):
     "A rendered chat, and where the marked pieces stand in it."
     text: str # without marks
@@ -128,12 +130,14 @@ class Rendered(NamedTuple):
     scaffolds: list[str] # what the template wrote between the pieces
     own: dict[int, list[tuple[int, int, int]]] # message -> (start, end, number of the segment), in the order of the text
 
+# %% ../nbs/09_masking.ipynb #250e0990
 def _rendered(text: str, segments: list[Segment], places: list[list[tuple[int, int]]], scaffolds: list[str]) -> Rendered:
     own: dict[int, list] = {}
     for k, (s, ps) in enumerate(zip(segments, places)):
         for a, b in ps: own.setdefault(s.message, []).append((a, b, k))
     return Rendered(text, segments, places, scaffolds, {i: sorted(v) for i, v in own.items()})
 
+# %% ../nbs/09_masking.ipynb #e61fcfb2
 def _read_marks(marked: str, marker: _Marker) -> Rendered:
     "Take the marks out and note their places."
     places, open_, between, at, size = [[] for _ in marker.segments], {}, [], 0, 0
@@ -148,7 +152,7 @@ def _read_marks(marked: str, marker: _Marker) -> Rendered:
     between.append(marked[at:])
     return _rendered("".join(between), marker.segments, places, between[::2])
 
-# %% ../nbs/09_masking.ipynb #6641e587
+# %% ../nbs/09_masking.ipynb #7ff459a0
 class _Template:
     "A tokenizer with its template, tools and arguments."
     def __init__(self, tokenizer: Any, tools: list | None = None, chat_template: str | None = None, kwargs: dict | None = None):
@@ -163,7 +167,7 @@ class _Template:
         try: return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt, **self.kwargs)
         except Exception as e: raise Unverified("template_raises", f"the template does not take this chat ({type(e).__name__}: {e})") from e # templates raise whatever they like
 
-# %% ../nbs/09_masking.ipynb #3327641b
+# %% ../nbs/09_masking.ipynb #d52969c9
 @patch
 def marked(self: _Template, messages: Sequence[Mapping], dummy: bool = False) -> Rendered:
     "A chat rendered with marks, checked against the plain rendering; Unverified if they differ."
@@ -178,7 +182,7 @@ def marked(self: _Template, messages: Sequence[Mapping], dummy: bool = False) ->
         if dummy or found.text == text: return found
     raise Unverified("marks_change_text", "the template renders marked messages in another way, so their places cannot be proven")
 
-# %% ../nbs/09_masking.ipynb #d5278f07
+# %% ../nbs/09_masking.ipynb #47bae90e
 _TEMPLATES: WeakKeyDictionary = WeakKeyDictionary() # tokenizer -> what is known of its templates
 
 def _template(tokenizer: Any, tools: list | None = None, chat_template: str | None = None, kwargs: dict | None = None) -> _Template:
@@ -190,7 +194,7 @@ def _template(tokenizer: Any, tools: list | None = None, chat_template: str | No
     if key not in known: known[key] = _Template(tokenizer, tools, chat_template, kwargs)
     return known[key]
 
-# %% ../nbs/09_masking.ipynb #5de95370
+# %% ../nbs/09_masking.ipynb #c5fd1ff4
 class Ends(NamedTuple):
     "How a template ends an assistant's turn."
     close: str # what ends every turn, through its last special token; "": there is nothing in common
@@ -203,7 +207,7 @@ def _common(a: str, b: str, special: re.Pattern) -> int:
     n = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return min([n, *(m.start() for t in (a, b) for m in special.finditer(t) if m.start() < n < m.end())])
 
-# %% ../nbs/09_masking.ipynb #eef18fda
+# %% ../nbs/09_masking.ipynb #a70f6a63
 _PROBE_CONTENTS = (lambda text: text, lambda text: [dict(type="text", text=text)]) # templates of models with images want parts
 
 @patch
@@ -224,7 +228,7 @@ def ends(self: _Template) -> Ends:
     self.cache["ends"] = Ends(common[:cut], common[cut:], first[0] if first else "", nxt[0] if nxt else "")
     return self.cache["ends"]
 
-# %% ../nbs/09_masking.ipynb #74d458a6
+# %% ../nbs/09_masking.ipynb #a622e3d4
 class Turn(NamedTuple):
     "Where a turn of the assistant lies in a rendered chat."
     header: int # where the generation prompt begins
@@ -233,6 +237,7 @@ class Turn(NamedTuple):
     close: int # where it ends
     trail: int # where the text that always follows ends
 
+# %% ../nbs/09_masking.ipynb #996a49bf
 def _own(found: Rendered, i: int) -> list[tuple[int, int, int]]: return found.own.get(i, [])
 def _end_of_words(messages: Sequence[Mapping], i: int, found: Rendered, start: int) -> int:
     "Where the words of a turn end: after its last piece, and the tags that its content ends with."
@@ -243,7 +248,7 @@ def _end_of_words(messages: Sequence[Mapping], i: int, found: Rendered, start: i
     rest = content[found.segments[k].end:].rstrip() if found.segments[k].field == "content" else ""
     return max(start, b + (len(rest) if found.text.startswith(rest, b) else 0))
 
-# %% ../nbs/09_masking.ipynb #f415a9d8
+# %% ../nbs/09_masking.ipynb #284c89f5
 @patch
 def closing(self: _Template, text: str, last: int, until: int, final: bool) -> tuple[int, int, int]:
     "(body, close, trail) of a turn whose words end at `last`; the next message's begin at `until`."
@@ -260,6 +265,7 @@ def closing(self: _Template, text: str, last: int, until: int, final: bool) -> t
     close = last + at + len(want)
     return last + at, close, close + (len(ends.trailing) if want == ends.close and text.startswith(ends.trailing, close) else 0)
 
+# %% ../nbs/09_masking.ipynb #71e8d431
 @patch
 def turn(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered, prompt: str) -> Turn:
     "Where message i lies in a rendering that begins with its prompt."
@@ -268,7 +274,7 @@ def turn(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered, 
     header = _common(self.render(messages[:i]) if i else "", prompt, self.special)
     return Turn(min(header, len(prompt)), len(prompt), *self.closing(found.text, last, min(later, default=len(found.text)), i == len(messages) - 1))
 
-# %% ../nbs/09_masking.ipynb #6280ecf3
+# %% ../nbs/09_masking.ipynb #d6a50a80
 @patch
 def prompt_of(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered) -> str:
     "What the model is given before it writes message i."
@@ -278,7 +284,7 @@ def prompt_of(self: _Template, messages: Sequence[Mapping], i: int, found: Rende
     head = found.text[:own[0][0]] if own else found.text
     return head[:next((head.find(usual[:n]) + n for n in range(len(usual), 0, -1) if usual[:n] in head), 0)]
 
-# %% ../nbs/09_masking.ipynb #528c59d5
+# %% ../nbs/09_masking.ipynb #e174d495
 @patch
 def compare(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int], found: Rendered) -> dict[int, Turn | None]:
     "Where turns lie in the one rendering of a chat; None for those that read or come about differently there."
@@ -296,7 +302,7 @@ def compare(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int],
         out[i] = turn
     return out
 
-# %% ../nbs/09_masking.ipynb #3376679b
+# %% ../nbs/09_masking.ipynb #15e35b69
 @patch
 def shape_of(self: _Template, messages: Sequence[Mapping]) -> list[dict]:
     "The chat with an x for every piece of text."
@@ -307,13 +313,14 @@ def shape_of(self: _Template, messages: Sequence[Mapping]) -> list[dict]:
 def _edges(found: Rendered) -> np.ndarray: # where scaffolds begin and end, in turn
     return np.array([0, *(x for p in sorted(p for ps in found.places for p in ps) for x in p), len(found.text)])
 
+# %% ../nbs/09_masking.ipynb #139dfe8c
 def _carried(turns: Mapping[int, Turn | None], short: Rendered, found: Rendered) -> dict[int, Turn | None]:
     "The turns of one rendering in another with the same scaffolds."
     a, b = _edges(short), _edges(found)
     move = lambda at: at + (b - a)[np.searchsorted(a[1:-1:2], at, "left") * 2] # by the scaffold in which a place lies
     return {i: t and Turn(*move(np.array(t)).tolist()) for i, t in turns.items()}
 
-# %% ../nbs/09_masking.ipynb #44ab22a8
+# %% ../nbs/09_masking.ipynb #b4e0a999
 @patch
 def turns(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int], found: Rendered) -> dict[int, Turn | None]:
     "Where turns lie in the one rendering of a chat; None for those that read or come about differently there."
@@ -329,7 +336,7 @@ def turns(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int], f
     short, turns = self.cache[key]
     return _carried(turns, short, found)
 
-# %% ../nbs/09_masking.ipynb #10adcdb8
+# %% ../nbs/09_masking.ipynb #e2dd1adc
 def _field_of(messages: Sequence[Mapping], segment: Segment) -> str:
     "The field of a piece; content before a closing tag is reasoning."
     content = messages[segment.message].get("content")
@@ -341,7 +348,7 @@ def _empty_thought(gap: str) -> int:
     cut = max((gap.rfind(c) + len(c) for c in _CLOSERS if c in gap), default=0)
     return cut + len(gap[cut:]) - len(gap[cut:].lstrip()) if cut else 0
 
-# %% ../nbs/09_masking.ipynb #40dddec2
+# %% ../nbs/09_masking.ipynb #8ac4c9fa
 def _fields(messages: Sequence[Mapping], i: int, found: Rendered, turn: Turn) -> list[tuple[int, int, str]]:
     "(start, end, field) of a turn; field is reasoning, content, tool_calls or eot."
     pieces = [(a, b, _field_of(messages, found.segments[k])) for a, b, k in _own(found, i) if turn.start <= a and b <= turn.body]
@@ -355,7 +362,7 @@ def _fields(messages: Sequence[Mapping], i: int, found: Rendered, turn: Turn) ->
     borders += [(turn.body, "eot"), (turn.close, "")]
     return [(a, z, field) for (a, field), (z, _) in zip(borders, borders[1:]) if a < z]
 
-# %% ../nbs/09_masking.ipynb #a6f8478c
+# %% ../nbs/09_masking.ipynb #d6596100
 def _thought(message: Mapping, opened: str) -> str:
     "What a model writes after a prompt that opens its thinking, until it has closed it."
     content = message.get("content") if isinstance(message.get("content"), str) else ""
@@ -367,7 +374,7 @@ def _thought(message: Mapping, opened: str) -> str:
     tag = re.search(r"<(\w+)>", opened)
     return f"{reasoning}\n</{tag[1] if tag else 'think'}>\n\n"
 
-# %% ../nbs/09_masking.ipynb #b4f88d1f
+# %% ../nbs/09_masking.ipynb #11187685
 @patch
 def own_example(self: _Template, messages: Sequence[Mapping], i: int) -> tuple[Rendered, Turn]:
     "The chat up to message i as it is sampled; Unverified if prompt and turn cannot be brought together."
@@ -390,7 +397,7 @@ def own_example(self: _Template, messages: Sequence[Mapping], i: int) -> tuple[R
     if words(whole.text[turn.start:turn.body]) not in (words(chat[i].get(k), chat[i].get("content")) for k in (*_REASONING, "")): raise Unverified("prefill_conflict", f"the words of message {i} cannot be brought together with its generation prompt")
     return whole, turn
 
-# %% ../nbs/09_masking.ipynb #fc559729
+# %% ../nbs/09_masking.ipynb #5d904d76
 @patch
 def with_next_marker(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered, turn: Turn) -> tuple[Rendered, Turn]:
     "Add the marker of the next speaker where that is what ends a turn."
@@ -403,7 +410,7 @@ def with_next_marker(self: _Template, messages: Sequence[Mapping], i: int, found
     text = found.text[:turn.body] + m[0]
     return found._replace(text=text), turn._replace(close=len(text), trail=len(text))
 
-# %% ../nbs/09_masking.ipynb #e2b2248f
+# %% ../nbs/09_masking.ipynb #a3b09cf1
 TRAINED_ROLES = ("assistant", "agent") # who is trained
 
 def _message_weights(messages: Sequence[Mapping], train_on: Any) -> list[float]:
@@ -423,7 +430,7 @@ def _message_weights(messages: Sequence[Mapping], train_on: Any) -> list[float]:
         if m.get("train") is not None: weights[i] = (weights[i] or 1.) * bool(m["train"])
     return weights
 
-# %% ../nbs/09_masking.ipynb #4eabe615
+# %% ../nbs/09_masking.ipynb #e2be0502
 class Region(NamedTuple):
     "A stretch of the rendered text that carries a weight."
     start: int # first character
@@ -432,6 +439,7 @@ class Region(NamedTuple):
     message: int # number of the message
     field: str # reasoning, content, tool_calls, eot, prompt or trailing
 
+# %% ../nbs/09_masking.ipynb #00d11f00
 def _ranges_of(message: Mapping, i: int, found: Rendered) -> Iterator[Region]:
     "The `spans` of a message where its words stand in the text; ValueError where they cannot be found there."
     content = message.get("content")
@@ -447,7 +455,7 @@ def _ranges_of(message: Mapping, i: int, found: Rendered) -> Iterator[Region]:
             yield Region(a + lo - s.start, a + hi - s.start, float(weight), i, "content")
         if not hit: raise Unverified("span_dropped", f"message {i}: nothing of the span {(start, end)} is in the rendered chat")
 
-# %% ../nbs/09_masking.ipynb #baf7f36e
+# %% ../nbs/09_masking.ipynb #05a62966
 class _Options(NamedTuple):
     "What is trained of a turn."
     reasoning: float = 1.
@@ -456,6 +464,7 @@ class _Options(NamedTuple):
     generation_prompt: float = 0.
     trailing: float = 0.
 
+# %% ../nbs/09_masking.ipynb #da330ec0
 def _regions(messages: Sequence[Mapping], i: int, weight: float, found: Rendered, turn: Turn | None, options: _Options) -> list[Region]:
     "The regions of one message; without a turn, its words."
     if turn is None: out = [Region(a, b, weight, i, _field_of(messages, found.segments[k])) for a, b, k in _own(found, i)]
@@ -466,7 +475,7 @@ def _regions(messages: Sequence[Mapping], i: int, weight: float, found: Rendered
         if options.trailing: out.append(Region(turn.close, turn.trail, weight * options.trailing, i, "trailing"))
     return [r for r in out if r.start < r.end] + list(_ranges_of(messages[i], i, found))
 
-# %% ../nbs/09_masking.ipynb #07392896
+# %% ../nbs/09_masking.ipynb #eb8dfc0a
 class _Example(NamedTuple):
     "A text to tokenize, and what carries weight in it."
     text: str
@@ -474,18 +483,20 @@ class _Example(NamedTuple):
     begins: list[int] # where each message begins
     notes: list[str] # what the template did to the chat
 
+# %% ../nbs/09_masking.ipynb #57b5b7af
 def _says(message: Mapping) -> bool:
     "Whether a message has any text."
     content = message.get("content")
     parts = [content] if isinstance(content, str) else [p.get("text") or "" for p in content or () if isinstance(p, Mapping)]
     return bool(message.get("tool_calls")) or any(isinstance(t, str) and any(_pieces(t)) for t in (*parts, *(message.get(k) for k in _REASONING)))
 
+# %% ../nbs/09_masking.ipynb #bccac135
 def _lost(messages: Sequence[Mapping], found: Rendered, trained: Mapping) -> Iterator[str]:
     "What the template dropped of the trained messages."
     gone = {(s.message, _field_of(messages, s)) for s, p in zip(found.segments, found.places) if not p}
     yield from (f"message {i}: the template drops its {field}" for i, field in sorted(gone) if i in trained)
 
-# %% ../nbs/09_masking.ipynb #076c98ab
+# %% ../nbs/09_masking.ipynb #637968b6
 def _make(messages: Sequence[Mapping], parts: dict[int, tuple[float, Turn | None]], found: Rendered, options: _Options, cut: bool) -> _Example:
     "One example of a rendered chat; `cut`: the last turn broke off, so its end is not real."
     regions, begins, at = [], [], 0
@@ -501,7 +512,7 @@ def _make(messages: Sequence[Mapping], parts: dict[int, tuple[float, Turn | None
     kept = [r._replace(end=min(r.end, len(text))) for r in regions if r.start < len(text)]
     return _Example(text, kept, begins, list(_lost(messages, found, parts)))
 
-# %% ../nbs/09_masking.ipynb #ca3d0fe8
+# %% ../nbs/09_masking.ipynb #8cd4bc78
 def _as_rendered(template: _Template, messages: Sequence[Mapping], i: int, found: Rendered) -> Turn:
     "The words of a turn and its end token, where its context cannot be proven."
     own = _own(found, i)
@@ -509,6 +520,7 @@ def _as_rendered(template: _Template, messages: Sequence[Mapping], i: int, found
     start, last = (own[0][0], max(b for _, b, _ in own)) if own else (0, 0)
     return Turn(start, start, *template.closing(found.text, last, min(later, default=len(found.text)), i == len(messages) - 1))
 
+# %% ../nbs/09_masking.ipynb #9a0e4cc3
 def _unroll(template: _Template, messages: Sequence[Mapping], weights: Mapping[int, float], options: _Options, cut: bool, skip: bool) -> Iterator[_Example]:
     "One example for each turn, in the context in which it is sampled."
     for i, weight in weights.items():
@@ -520,7 +532,7 @@ def _unroll(template: _Template, messages: Sequence[Mapping], weights: Mapping[i
             example = _Example("", [], [], [f"message {i} left out: {e}"])
         yield example
 
-# %% ../nbs/09_masking.ipynb #b953ca00
+# %% ../nbs/09_masking.ipynb #819407ea
 def _examples(template: _Template, messages: Sequence[Mapping], weights: Sequence[float], history: str, options: _Options, cut: bool, skip: bool) -> list[_Example]:
     "The examples of one chat."
     found = template.marked(messages)
@@ -534,13 +546,14 @@ def _examples(template: _Template, messages: Sequence[Mapping], weights: Sequenc
     example = _make(messages, parts | others, found, options, cut)
     return [example._replace(notes=example.notes + [f"message {i}: trained as rendered, not as it was written" for i in rewritten])]
 
-# %% ../nbs/09_masking.ipynb #848d2530
+# %% ../nbs/09_masking.ipynb #a22d0b9d
 _CHOICES = dict(history=("unroll", "as_rendered", "error"), truncation=("error", "left", "right", "turns"), boundary=("start", "inside", "overlap"), on_unverified=("error", "skip"), eot=("trained", "masked"))
 
 def _check_options(**given: Any) -> None:
     for name, value in given.items():
         if value not in _CHOICES[name]: raise ValueError(f"{name}={value!r} is unknown; choose {' or '.join(_CHOICES[name])}")
 
+# %% ../nbs/09_masking.ipynb #ef0d3445
 def _check_messages(messages: Any) -> None:
     if isinstance(messages, (str, Mapping)) or not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages): raise ValueError("messages must be a list of one message or more, each a dictionary with a role")
     for i, m in enumerate(messages):
@@ -550,7 +563,7 @@ def _bare(messages: Sequence[Mapping]) -> list[dict]:
     "Messages as a template may see them: no keys of ours, and no content of None, which some templates cannot take."
     return [{k: "" if k == "content" and v is None else v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
 
-# %% ../nbs/09_masking.ipynb #bc7d3963
+# %% ../nbs/09_masking.ipynb #b058bee3
 def _token_weights(regions: Sequence[Region], starts: np.ndarray, ends: np.ndarray, boundary: str) -> tuple[np.ndarray, np.ndarray]:
     "The weight of each token, and the number of its region (-1: none)."
     weights, which = np.zeros(len(starts)), np.full(len(starts), -1)
@@ -560,7 +573,7 @@ def _token_weights(regions: Sequence[Region], starts: np.ndarray, ends: np.ndarr
         weights[lo:hi], which[lo:hi] = r.weight, k
     return weights, which
 
-# %% ../nbs/09_masking.ipynb #a264b571
+# %% ../nbs/09_masking.ipynb #97353d7f
 @dataclass(eq=False, repr=False)
 class ChatEncoding:
     "A chat as training data; all lists have one entry for each token."
@@ -579,7 +592,7 @@ class ChatEncoding:
     def keys(self) -> tuple[str, ...]: return ("input_ids", "labels", "assistant_masks", "loss_weights", "position_ids")
     def __getitem__(self, key: str) -> list: return getattr(self, key)
 
-# %% ../nbs/09_masking.ipynb #3401e9ae
+# %% ../nbs/09_masking.ipynb #3d7a189e
 def _encoding(example: _Example, ids: Sequence[int], starts: np.ndarray, ends: np.ndarray, messages: Sequence[Mapping], boundary: str) -> ChatEncoding:
     "The finished encoding of one example."
     weights, which = _token_weights(example.regions, starts, ends, boundary)
@@ -595,7 +608,7 @@ def _encoding(example: _Example, ids: Sequence[int], starts: np.ndarray, ends: n
     return ChatEncoding(ids.tolist(), np.where(trained, ids, -100).tolist(), trained.astype(int).tolist(), weights.tolist(), list(range(len(ids))), owner.tolist(),
         list(zip(starts.tolist(), ends.tolist())), example.text, example.regions, report)
 
-# %% ../nbs/09_masking.ipynb #00fe467f
+# %% ../nbs/09_masking.ipynb #8db24477
 def _seen(text: str) -> str: return visible(text).replace("\n", "↵\n").replace("\t", "→   ")
 
 @patch
@@ -608,7 +621,7 @@ def _runs(self: ChatEncoding) -> Iterator[tuple[str, float, int, str]]:
             if key: yield self.text[start:a], *key
             key, start = tuple(rest), a
 
-# %% ../nbs/09_masking.ipynb #8cc835f7
+# %% ../nbs/09_masking.ipynb #82f52a41
 @patch
 def show(self: ChatEncoding,
     console: Console | None = None, # where to print; None: the terminal or the notebook
@@ -618,6 +631,7 @@ def show(self: ChatEncoding,
     for text, weight, *_ in self._runs(): out.append(_seen(text), "bold green" if weight > 0 else "bold red" if weight < 0 else "dim")
     (console or Console(highlight=False)).print(out)
 
+# %% ../nbs/09_masking.ipynb #2aa0fcc7
 @patch
 def _repr_html_(self: ChatEncoding) -> str:
     "The chat with weight as shade."
@@ -625,12 +639,13 @@ def _repr_html_(self: ChatEncoding) -> str:
     parts = [f'<span title="message {m} · {escape(f) or "not trained"} · weight {w:g}" style="{f"background:{colour(w)}" if w else "opacity:.6"}">{escape(_seen(t))}</span>' for t, w, m, f in self._runs()]
     return f"<p>{escape(repr(self))}</p><pre style='white-space:pre-wrap'>{''.join(parts)}</pre>"
 
+# %% ../nbs/09_masking.ipynb #3379a5f0
 @patch
 def __repr__(self: ChatEncoding) -> str:
     fields = ", ".join(f"{k} {n:,}" for k, n in self.report["by_field"].items())
     return f"ChatEncoding({_count(len(self), 'token')}, {self.report['trained']:,} trained{f' ({fields})' if fields else ''})"
 
-# %% ../nbs/09_masking.ipynb #7ac86a94
+# %% ../nbs/09_masking.ipynb #da6f3248
 def _defused(messages: Sequence[Mapping], special: re.Pattern) -> tuple[list[dict], dict[str, str]]: # and stand-in -> what was typed
     "Messages in which typed special tokens are replaced by stand-ins of the same length."
     taken = json.dumps(messages, ensure_ascii=False, default=str)
@@ -640,7 +655,7 @@ def _defused(messages: Sequence[Mapping], special: re.Pattern) -> tuple[list[dic
     out = [_mapped(m, change) for m in messages]
     return out, {c: typed for typed, c in names.items()}
 
-# %% ../nbs/09_masking.ipynb #81d07c7a
+# %% ../nbs/09_masking.ipynb #a8a7cdc9
 def _stand_ins(typed: Mapping[str, str]) -> re.Pattern: return re.compile("|".join(f"{c}{{{len(t)}}}" for c, t in typed.items()))
 
 def _encode_defused(tokenizer: Any, text: str, typed: Mapping[str, str]) -> tuple[str, list[int], np.ndarray, np.ndarray]:
@@ -660,7 +675,7 @@ def _encode_defused(tokenizer: Any, text: str, typed: Mapping[str, str]) -> tupl
             at += len(part)
     return pattern.sub(lambda m: typed[m[0][0]], text), ids, np.concatenate(starts).astype(np.int64), np.concatenate(ends).astype(np.int64)
 
-# %% ../nbs/09_masking.ipynb #8011b57a
+# %% ../nbs/09_masking.ipynb #5c2cf4ca
 def _plan(template: _Template, messages: Sequence[Mapping], train_on: Any, reasoning: Any, tool_calls: Any, eot: Any, generation_prompt: Any, trailing: Any, history: str, finish_reason: str | None, on_unverified: str, sanitize: bool = False) -> tuple[list[_Example], dict[str, str]]:
     "The examples of one chat, before tokenization, and the stand-ins that are still in them."
     _check_options(history=history, on_unverified=on_unverified, **({} if isinstance(eot, (bool, int, float)) else dict(eot=eot)))
@@ -671,12 +686,14 @@ def _plan(template: _Template, messages: Sequence[Mapping], train_on: Any, reaso
     if sanitize or not typed: return examples, typed
     return [e._replace(text=_stand_ins(typed).sub(lambda m: typed[m[0][0]], e.text)) for e in examples], {}
 
+# %% ../nbs/09_masking.ipynb #452afe10
 def _cut(enc: ChatEncoding, keep: slice) -> ChatEncoding:
     "Some of the tokens; positions begin at 0 again."
     lists = {k: getattr(enc, k)[keep] for k in ("input_ids", "labels", "assistant_masks", "loss_weights", "message_ids", "offsets")}
-    return ChatEncoding(**lists, position_ids=list(range(len(lists["input_ids"]))), text=enc.text, spans=enc.spans, report=dict(enc.report, tokens=len(lists["input_ids"]), trained=sum(lists["assistant_masks"]), cut_from=len(enc)))
+    trained, lost = sum(lists["assistant_masks"]), {} if any(lists["assistant_masks"]) or "reason" in enc.report else dict(reason="truncation left nothing that is trained")
+    return ChatEncoding(**lists, position_ids=list(range(len(lists["input_ids"]))), text=enc.text, spans=enc.spans, report=dict(enc.report, tokens=len(lists["input_ids"]), trained=trained, cut_from=len(enc)) | lost)
 
-# %% ../nbs/09_masking.ipynb #52cbd839
+# %% ../nbs/09_masking.ipynb #3efc5e7b
 def _without_oldest(messages: Sequence[Mapping]) -> list[Mapping] | None: # None: only one round is left
     "A chat without its oldest round: a user's turn and what follows it; what stands before the first user stays."
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
@@ -688,7 +705,7 @@ def _fit(enc: ChatEncoding, max_length: int | None, truncation: str) -> ChatEnco
     if truncation in ("left", "right"): return _cut(enc, slice(len(enc) - max_length, None) if truncation == "left" else slice(max_length))
     raise ValueError(f"the chat has {len(enc):,} tokens and max_length is {max_length:,}; choose another truncation: left, right, or turns")
 
-# %% ../nbs/09_masking.ipynb #d94b1f87
+# %% ../nbs/09_masking.ipynb #b923bba2
 def tokenize_chat(
     tokenizer: Any, # a transformers tokenizer with a chat template, or the name of one
     messages: Sequence[Mapping], # role, content, …; also train, weight and spans (start, end, weight) of a message
@@ -725,7 +742,7 @@ def tokenize_chat(
     fitted = [_fit(e, max_length, truncation) for e in done]
     return fitted[0] if len(fitted) == 1 and examples[0].text and len(messages) == len(examples[0].begins) else fitted
 
-# %% ../nbs/09_masking.ipynb #99c292d8
+# %% ../nbs/09_masking.ipynb #c47f3fe1
 @dataclass
 class Ledger:
     "What became of a data set of chats."
@@ -744,7 +761,7 @@ class Ledger:
         for name in ("by_field", "by_role", "emptied"): setattr(self, name, Counter(getattr(self, name) or {}))
         self.refused = list(self.refused or [])
 
-# %% ../nbs/09_masking.ipynb #07ba3ded
+# %% ../nbs/09_masking.ipynb #2dabea54
 @patch
 def add(self: Ledger, enc: ChatEncoding) -> None:
     "Count one example."
@@ -757,6 +774,7 @@ def add(self: Ledger, enc: ChatEncoding) -> None:
     self.turns_closed += sum(r.field == "eot" and r.weight != 0 for r in enc.spans)
     if "reason" in enc.report: self.emptied[enc.report["reason"]] += 1
 
+# %% ../nbs/09_masking.ipynb #ab90c3a4
 @patch
 def __repr__(self: Ledger) -> str:
     share = f" ({self.trained / self.tokens:.1%})" if self.tokens else ""
@@ -764,7 +782,7 @@ def __repr__(self: Ledger) -> str:
     lines += [f"  trained {k}: {n:,}" for k, n in self.by_field.most_common()] + [f"  nothing trained in {_count(n, 'example')}: {why}" for why, n in self.emptied.most_common()]
     return "\n".join(lines + [f"  refused row {i}: {message}" for i, _, message in self.refused[:20]])
 
-# %% ../nbs/09_masking.ipynb #20eac824
+# %% ../nbs/09_masking.ipynb #ec479dca
 def _chats(rows: Any) -> Iterator[tuple[Sequence[Mapping], list | None]]:
     "(messages, tools) of rows, or of lists of messages."
     for i, row in enumerate(rows):
@@ -772,18 +790,21 @@ def _chats(rows: Any) -> Iterator[tuple[Sequence[Mapping], list | None]]:
         messages, tools = (row["messages"], row.get("tools")) if isinstance(row, Mapping) else (row, None)
         yield [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages], tools # Arrow fills up with None what other messages have
 
-def _batch(template: _Template, planned: list[tuple[int, list[_Example], Sequence[Mapping]]], boundary: str, ledger: Ledger) -> Iterator[ChatEncoding]:
+# %% ../nbs/09_masking.ipynb #5961bf4b
+def _batch(template: _Template, planned: list[tuple[int, list[_Example], Sequence[Mapping]]], boundary: str, ledger: Ledger, max_length: int | None, truncation: str) -> Iterator[ChatEncoding]:
     "The encodings of some planned chats, tokenized in one call."
     texts = [e.text for _, examples, _ in planned for e in examples if e.text]
     tokens = _encode(template.tokenizer, texts) if texts else iter(())
     for row, examples, messages in planned:
         for e in examples:
             enc = _encoding(e, *(next(tokens) if e.text else ([], np.zeros(0, np.int64), np.zeros(0, np.int64))), messages, boundary)
+            try: enc = _fit(enc, max_length, truncation)
+            except ValueError as error: raise ValueError(f"row {row}: {error}") from None
             enc.report["row"] = row
             ledger.add(enc)
             yield enc
 
-# %% ../nbs/09_masking.ipynb #9ac1679b
+# %% ../nbs/09_masking.ipynb #823c0ebf
 def _encodings(tokenizer: Any, rows: Any, ledger: Ledger, on_unverified: str, boundary: str, max_length: int | None, truncation: str, options: Mapping) -> Iterator[ChatEncoding]:
     "The encodings of all rows, in order."
     waiting: list = []
@@ -796,10 +817,10 @@ def _encodings(tokenizer: Any, rows: Any, ledger: Ledger, on_unverified: str, bo
         except Unverified as e:
             if on_unverified == "error": raise Unverified(e.code, f"row {i}: {str(e).removeprefix(e.code + ': ')}") from e
             ledger.refused.append((i, e.code, str(e)))
-        if len(waiting) == 64: yield from (_fit(e, max_length, truncation) for e in _batch(template, waiting, boundary, ledger)); waiting = []
-    if waiting: yield from (_fit(e, max_length, truncation) for e in _batch(template, waiting, boundary, ledger))
+        if len(waiting) == 64: yield from _batch(template, waiting, boundary, ledger, max_length, truncation); waiting = []
+    if waiting: yield from _batch(template, waiting, boundary, ledger, max_length, truncation)
 
-# %% ../nbs/09_masking.ipynb #428ac114
+# %% ../nbs/09_masking.ipynb #1cde3bd9
 def tokenize_chats(
     tokenizer: Any, # a transformers tokenizer with a chat template, or the name of one
     rows: Any, # a `Dataset` or list of rows with `messages` (and `tools`), or a list of chats
@@ -826,7 +847,7 @@ def tokenize_chats(
     data.ledger = ledger
     return data
 
-# %% ../nbs/09_masking.ipynb #d5126d4b
+# %% ../nbs/09_masking.ipynb #9588e5eb
 _CALL = dict(type="function", id="abcdefghi", function=dict(name="look_up", arguments=dict(word="prime", count=2)))
 PROBES = { # kind -> a chat, for `check_template`
     "plain": [dict(role="user", content="Is 9 prime?"), dict(role="assistant", content="No."), dict(role="user", content="And 7?"), dict(role="assistant", content="Yes.")],
@@ -835,6 +856,7 @@ PROBES = { # kind -> a chat, for `check_template`
     "tools": [dict(role="user", content="What is a prime?"), dict(role="assistant", content="", tool_calls=[_CALL]), dict(role="tool", tool_call_id="abcdefghi", name="look_up", content="a number"), dict(role="assistant", content="A number.")],
     "mixed": [dict(role="system", content="Be brief."), dict(role="user", content="What is a prime?"), dict(role="assistant", reasoning_content="look it up", content="", tool_calls=[_CALL]), dict(role="tool", tool_call_id="abcdefghi", name="look_up", content="a number"), dict(role="assistant", reasoning_content="found it", content="A number."), dict(role="user", content="Thanks."), dict(role="assistant", content="Welcome.")]}
 
+# %% ../nbs/09_masking.ipynb #54358d2d
 def _probe(template: _Template, messages: list[dict]) -> dict:
     "What a template does with one chat."
     mine = [i for i, m in enumerate(messages) if m["role"] in TRAINED_ROLES]
@@ -845,7 +867,7 @@ def _probe(template: _Template, messages: list[dict]) -> dict:
     except Unverified as e: return dict(verified=False, code=e.code, message=str(e)[:200], stable=None, drops=[])
     return dict(verified=True, code=None, message=None, stable=None not in turns.values(), drops=sorted({n for e in examples for n in e.notes}))
 
-# %% ../nbs/09_masking.ipynb #4501eda4
+# %% ../nbs/09_masking.ipynb #946de9b0
 @dataclass
 class TemplateReport:
     "The habits of a chat template."
@@ -860,7 +882,7 @@ class TemplateReport:
     def to_dict(self) -> dict: return dict(vars(self))
     def to_json(self) -> str: return json.dumps(self.to_dict(), ensure_ascii=False)
 
-# %% ../nbs/09_masking.ipynb #d9f3d447
+# %% ../nbs/09_masking.ipynb #14d6a200
 @patch
 def __repr__(self: TemplateReport) -> str:
     said = lambda p: f"refused, {p['message']}" if not p["verified"] else "every turn proven" + ("" if p["stable"] else ", history rewritten: one example a turn") + "".join(f"; {d}" for d in p["drops"])
@@ -868,6 +890,7 @@ def __repr__(self: TemplateReport) -> str:
     return "\n".join([f"chat template of {self.tokenizer}", f"a model is given {self.generation_prompt!r}; a turn ends with {self.end_of_turn!r}{f', then {self.trailing!r}' if self.trailing else ''}",
         f"outer white space is {'cut off' if self.trims else 'kept'}; the date of today is {'' if self.dated else 'not '}in the text", *lines])
 
+# %% ../nbs/09_masking.ipynb #297c7abf
 def check_template(
     tokenizer: Any, # a transformers tokenizer, or the name of one
     chat_template: str | None = None, # instead of the tokenizer's
@@ -886,7 +909,7 @@ def check_template(
     return TemplateReport(tokenizer_name(template.tokenizer), {k: _probe(template, m) for k, m in PROBES.items()}, given[_common(bare, given, template.special):], ends.close or ends.at_end or ends.history, ends.trailing,
         bool(padded) and " \n z \n " not in padded, any(d in given for d in today))
 
-# %% ../nbs/09_masking.ipynb #b89b348d
+# %% ../nbs/09_masking.ipynb #81e1f4a1
 def _for_trainer(tokenizer: Any, chat: Sequence[Mapping], include_messages: bool, weights: Sequence[float], finish_reason: str) -> dict:
     "One list of tokens and one of labels, in the one rendering of a chat."
     mine = chat and chat[-1].get("role") in TRAINED_ROLES
@@ -898,7 +921,7 @@ def _only(chat: Sequence[Mapping], numbers: Iterable[int]) -> list[float]:
     chosen = set(numbers)
     return [float(i in chosen and m.get("role") in TRAINED_ROLES) for i, m in enumerate(chat)]
 
-# %% ../nbs/09_masking.ipynb #36a14d43
+# %% ../nbs/09_masking.ipynb #5a5d2798
 def tokenize_for_trainer(
     tokenizer: Any, # a transformers tokenizer with a chat template
     chat: list[dict], # messages with role and content
@@ -910,6 +933,7 @@ def tokenize_for_trainer(
     _check_messages(chat)
     return _for_trainer(tokenizer, chat, include_messages, _only(chat, range(len(chat)) if train_on_all_assistant_turns else [len(chat) - 1]), finish_reason)
 
+# %% ../nbs/09_masking.ipynb #68fdc07e
 def tokenize_for_trainer_multistep(
     tokenizer: Any, # a transformers tokenizer with a chat template
     chat: list[dict], # messages with role and content
