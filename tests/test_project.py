@@ -43,8 +43,9 @@ def imported(source):
 
 
 def number(path):
-    "The number of a notebook: tutorials and the index come after all."
-    return int(path.name[:2]) if path.parent == NBS and path.name[:2].isdigit() else 100
+    "The number of a notebook, 09b after 09: tutorials and the index come after all."
+    found = re.match(r"(\d\d)([a-z]?)_", path.name) if path.parent == NBS else None
+    return (int(found[1]), found[2]) if found else (100, "")
 
 
 @each_notebook
@@ -81,7 +82,7 @@ def test_import_cells(path):
 @each_notebook
 def test_imports_only_from_above(path):
     "A notebook imports only modules of notebooks with a lower number."
-    order = {default_exp(p): number(p) for p in NOTEBOOKS if default_exp(p)}
+    order = {default_exp(p): number(p) for p in sorted(NOTEBOOKS, key=number, reverse=True) if default_exp(p)}  # of the first, where several make one module
     for module in {m for source in code_cells(path) for m in imported(source)} & order.keys():
         assert order[module] < number(path), f"{path.name} imports {module}, which comes later"
 

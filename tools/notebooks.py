@@ -54,9 +54,9 @@ def exports(cell):
 
 
 def default_exp(path):
-    "The module a notebook is exported to, or None."
-    named = [directives(c["source"]).get("default_exp") for c in cells(path) if c["cell_type"] == "code"]
-    return next(filter(None, named), None)
+    "The module a notebook is exported to, its own or that of the chapter it goes on with (`#| export NAME`), or None."
+    flags = [directives(c["source"]) for c in cells(path) if c["cell_type"] == "code"]
+    return next(filter(None, (f.get(kind) for kind in ("default_exp", "export") for f in flags)), None)
 
 
 def text(value):

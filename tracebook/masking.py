@@ -34,8 +34,7 @@ from .tokens import _encode, _tokenizer, _untrimmed, tokenizer_hash, tokenizer_n
 from .templates import _REASONING, Ends, Rendered, Turn, Unverified, _common, _field_of, _fields, _mapped, _own, _pieces, _template, _Template
 
 # %% auto #0
-__all__ = ['TRAINED_ROLES', 'PROBES', 'Region', 'ChatEncoding', 'tokenize_chat', 'truncate', 'Ledger', 'tokenize_chats',
-           'TemplateReport', 'check_template', 'tokenize_for_trainer', 'tokenize_for_trainer_multistep']
+__all__ = ['TRAINED_ROLES', 'PROBES', 'Region', 'ChatEncoding', 'tokenize_chat', 'truncate', 'Ledger', 'tokenize_chats', 'TemplateReport', 'check_template', 'tokenize_for_trainer', 'tokenize_for_trainer_multistep', 'decode_token_ids', 'TrainingExample', 'save_examples', 'load_examples', 'ExampleTokenizer', 'context_frozen_loss']
 
 # %% ../nbs/09_masking.ipynb #4e5c0373
 TRAINED_ROLES = ("assistant", "agent") # who is trained
@@ -767,7 +766,18 @@ def check_template(
     return TemplateReport(tokenizer_name(template.tokenizer), {k: _probe(template, m) for k, m in PROBES.items()}, given[_common(bare, given, template.special):], ends.close or ends.at_end or ends.history, ends.trailing,
         bool(padded) and " \n z \n " not in padded, any(d in given for d in today))
 
-# %% ../nbs/09_masking.ipynb #20d8fef6
+# %% ../nbs/09c_compat.ipynb #e34deb59
+import inspect
+from dataclasses import field
+from pathlib import Path
+
+import torch
+
+from .trace import check_utf8
+from .sources import write_whole
+from .tokens import tokenize_trace
+
+# %% ../nbs/09c_compat.ipynb #a0bf6128
 def _for_trainer(tokenizer: Any, chat: Sequence[Mapping], include_messages: bool, weights: Sequence[float], finish_reason: str) -> dict:
     "One list of tokens and one of labels, in the one rendering of a chat."
     mine = chat and chat[-1].get("role") in TRAINED_ROLES
@@ -779,7 +789,7 @@ def _only(chat: Sequence[Mapping], numbers: Iterable[int]) -> list[float]:
     chosen = set(numbers)
     return [float(i in chosen and m.get("role") in TRAINED_ROLES) for i, m in enumerate(chat)]
 
-# %% ../nbs/09_masking.ipynb #fee66b90
+# %% ../nbs/09c_compat.ipynb #3076a4e9
 def tokenize_for_trainer(
     tokenizer: Any, # a transformers tokenizer with a chat template
     chat: list[dict], # messages with role and content
@@ -791,7 +801,7 @@ def tokenize_for_trainer(
     _check_messages(chat)
     return _for_trainer(tokenizer, chat, include_messages, _only(chat, range(len(chat)) if train_on_all_assistant_turns else [len(chat) - 1]), finish_reason)
 
-# %% ../nbs/09_masking.ipynb #abb16945
+# %% ../nbs/09c_compat.ipynb #dc2ce89f
 def tokenize_for_trainer_multistep(
     tokenizer: Any, # a transformers tokenizer with a chat template
     chat: list[dict], # messages with role and content
@@ -802,3 +812,344 @@ def tokenize_for_trainer_multistep(
     _check_messages(chat)
     last = [i for i, m in enumerate(chat) if m.get("role") in TRAINED_ROLES][-1:]
     return _for_trainer(tokenizer, chat, include_messages, _only(chat, last), finish_reason)
+
+# %% ../nbs/09c_compat.ipynb #8d48ff59
+_GAPS = {" ": "·", "\n": "↵", "\t": "→"} # what white space is shown as; other kinds by their code point
+
+def _shown(text: str) -> str:
+    "A text on one line in which all can be seen."
+    return re.sub(r"\s", lambda m: _GAPS.get(m[0]) or f"<U+{ord(m[0]):04X}>", visible(text.replace("\r", "␍")))
+
+# %% ../nbs/09c_compat.ipynb #7da73739
+def _byte_letters() -> dict[str, int]: # letter -> byte
+    "How byte-level vocabularies spell the 256 bytes (GPT-2)."
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+_BYTES = _byte_letters()
+
+# %% ../nbs/09c_compat.ipynb #db88f684
+def _fragment(word: str) -> str | None: # None if the word does not spell bytes
+    "A token that is a piece of a character, from its entry in the vocabulary."
+    if one := re.fullmatch("<0x([0-9A-Fa-f]{2})>", word): data = bytes([int(one[1], 16)]) # byte fallback of SentencePiece
+    elif word and all(c in _BYTES for c in word): data = bytes(_BYTES[c] for c in word)
+    else: return None
+    return re.sub("[\udc80-\udcff]", lambda m: f"<0x{ord(m[0]) - 0xdc00:02X}>", data.decode("utf-8", "surrogateescape"))
+
+# %% ../nbs/09c_compat.ipynb #463c87d7
+def _piece(tokenizer: Any, i: int, special: Iterable[int]) -> str: # one line
+    "How one token is shown."
+    try: word, text = tokenizer.convert_ids_to_tokens(i), tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    except (IndexError, KeyError, OverflowError): word, text = None, ""
+    if i in special and not text.strip(): return "<|eos|>" if i == tokenizer.eos_token_id else f"<SPECIAL_{i}>"
+    if word is None and not text: return f"<UNKNOWN_{i}>" # models have more rows than their tokenizers have tokens
+    if word and (not text or "\ufffd" in text): text = next((t for t in (_fragment(word), text, word.replace("▁", " ")) if t), "")
+    elif word and word[0] == "▁" and text[0] not in " ▁": text = " " + text
+    return _shown(text)
+
+# %% ../nbs/09c_compat.ipynb #b39821d2
+def _no_tags(text: str) -> str:
+    "A text without a tag that rich would take for one."
+    return re.sub(r"(\\*)\[([a-z#/@][^\[]*?\])?", lambda m: m[1] * (2 if m[2] else 1) + "\\[" + (m[2] or ""), text)
+
+def _literal(text: str) -> str: # for rich markup, with emoji codes or without
+    "A text that the markup of rich shows as it is, when a tag follows it."
+    parts = text.split(":") if text.count(":") > 1 else [text]
+    out = ":[none][/none]".join(_no_tags(p) for p in parts) # an empty style keeps the colons of an emoji code apart
+    return out + "\\" * (len(text) - len(text.rstrip("\\"))) # the tag that follows would halve them
+
+# %% ../nbs/09c_compat.ipynb #5cfc16c4
+def _plain_ids(token_ids: Any) -> list[int]:
+    "A list of ids from a list, an array or a tensor; ValueError naming what is no id."
+    ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
+    for at, i in enumerate(ids):
+        if not isinstance(i, int) or isinstance(i, bool) or i < 0: raise ValueError(f"token_ids[{at}] is {i!r}; token ids are ints from 0 on")
+    return ids
+
+# %% ../nbs/09c_compat.ipynb #25479811
+def decode_token_ids(
+    token_ids: Sequence[int] | Any, # [n]: ids, as a list, an array or a tensor
+    mask: Sequence[Any] | Any, # [n]: labels; -100 is not trained
+    tokenizer: Any, # a transformers tokenizer, or the name of one
+    use_rich: bool = False, # with markup of rich: pink is masked, green is trained
+) -> str: # "text(id, label)" for each token, joined by spaces; ValueError if an id is not an int or the lengths differ
+    "Tokens as text, with their ids and labels; white space, special tokens and pieces of characters can be seen."
+    tokenizer, ids, marks = _tokenizer(tokenizer), _plain_ids(token_ids), mask.tolist() if hasattr(mask, "tolist") else list(mask)
+    if len(ids) != len(marks): raise ValueError(f"{len(ids)} tokens, but a mask of {len(marks)}")
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    shown = {i: _piece(tokenizer, i, special) for i in set(ids)}
+    if not use_rich: return " ".join(f"{shown[i]}({i}, {m})" for i, m in zip(ids, marks))
+    style = lambda m: "pink3 bold" if m == -100 else "pale_green3 bold"
+    return " ".join(f"[{style(m)}]{_literal(shown[i])}[/{style(m)}][steel_blue]({i}, {m})[/steel_blue]" for i, m in zip(ids, marks))
+
+# %% ../nbs/09c_compat.ipynb #3ff4efdc
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    "The tokens of texts, without special tokens of the tokenizer's own, never cut."
+    return tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
+
+def _spelled(tokenizer: Any, ids: Sequence[int]) -> str: return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+# %% ../nbs/09c_compat.ipynb #6a2f64d2
+def _two_parts(tokenizer: Any, context: str, continuation: str, seam: str) -> tuple[list[int], list[int], str]: # ids, ids, how
+    "The tokens of a context and of its continuation; ValueError if they do not part cleanly and `seam` is error."
+    before, after, both = _ids(tokenizer, [context, continuation, context + continuation])
+    if [*before, *after] == both: return before, after, "same"
+    if seam == "error": raise ValueError("context and continuation make other tokens together than apart; seam='auto' takes them apart, as they are at inference, where that spells the same text")
+    if _spelled(tokenizer, [*before, *after]) == _spelled(tokenizer, both): return before, after, "apart"
+    tokens = tokenize_trace(tokenizer, context + continuation)
+    n = tokens.index(len(context))
+    return tokens.ids[:n].tolist(), tokens.ids[n:].tolist(), "together"
+
+# %% ../nbs/09c_compat.ipynb #411b54c9
+def _opening(tokenizer: Any, ids: Sequence[int]) -> list[int]: # mostly [BOS] or nothing
+    "The special tokens that a tokenizer puts before a text, unless the text begins with a special token."
+    added = tokenizer.added_tokens_decoder
+    if ids and (ids[0] in tokenizer.all_special_ids or ids[0] in added and added[ids[0]].special): return []
+    bare, full = (tokenizer("a", add_special_tokens=s, truncation=False, padding=False, verbose=False)["input_ids"] for s in (False, True))
+    n = next((k for k in range(len(full)) if bare and full[k:k + len(bare)] == bare), 0)
+    return list(full[:n])
+
+# %% ../nbs/09c_compat.ipynb #edd9996c
+def _turns(tokenizer: Any, text: str, mark: str | None) -> list[int] | None: # None: any place will do
+    "The tokens at which a mark such as `<|im_start|>` begins."
+    if mark is None: return None
+    if not mark: raise ValueError("cut_at is empty; give the text that turns start with, such as '<|im_start|>'")
+    tokens = tokenize_trace(tokenizer, text)
+    found = ((m.start(), tokens.index(m.start())) for m in re.finditer(re.escape(mark), text))
+    return [i for at, i in found if i < len(tokens) and tokens.starts[i] == at]
+
+# %% ../nbs/09c_compat.ipynb #3477a720
+def _protected(tokenizer: Any, text: str, protect: int | str) -> int: # tokens
+    "How long a protected prefix is, an opening of the tokenizer's own not counted if it is given as text."
+    if isinstance(protect, str):
+        if not text.startswith(protect): raise ValueError(f"the context does not begin with the protected prefix {_shown(protect[:40])!r}")
+        return tokenize_trace(tokenizer, text).index(len(protect)) if protect else 0
+    if isinstance(protect, bool) or not isinstance(protect, int) or protect < 0: raise ValueError(f"protect={protect!r}; give a number of tokens or the text of a prefix")
+    return protect
+
+# %% ../nbs/09c_compat.ipynb #f4abb920
+def _window(n: int, room: int, keep: int, turns: Sequence[int] | None) -> int: # the tokens between `keep` and this one go
+    "The first token after the protected prefix that stays; ValueError if no turn starts in what fits."
+    if n <= room: return keep
+    first = keep + n - room
+    if turns is None or first == n: return first
+    found = next((t for t in turns if t >= first), None)
+    if found is None: raise ValueError(f"no turn starts in the last {n - first} tokens of the context, which is all that fits")
+    return found
+
+# %% ../nbs/09c_compat.ipynb #18162c95
+@dataclass
+class TrainingExample:
+    "A context that is read and a continuation that is learned."
+    id: str # of the example
+    context: str # all that the model saw up to the decision
+    continuation: str # the better response
+    reason: str = "" # why this is a training target
+    memories: list[str] = field(default_factory=list) # keys of what was in the context
+    input_ids: Any = None # int64 tensor [total_len], once tokenized
+    context_len: int = 0 # tokens of the context, after a cut
+    total_len: int = 0 # all tokens
+    labels: Any = None # int64 tensor [total_len]: -100 in the context, the ids in the continuation; not shifted
+    cut: int = 0 # tokens of the context that went
+    cut_continuation: int = 0 # tokens of the continuation that went, with the end token if one was asked for
+    seam: str = "" # same, apart or together: how context and continuation were tokenized
+
+# %% ../nbs/09c_compat.ipynb #34952a22
+def _end_token(tokenizer: Any, append_eot: bool | str) -> list[int]: # one id, or none
+    "The token to end with: the tokenizer's own for True; ValueError if there is none."
+    if append_eot is False: return []
+    if append_eot is True and tokenizer.eos_token_id is None: raise ValueError(f"{tokenizer_name(tokenizer)} has no EOS token; give the text of the end token as append_eot")
+    ids = [tokenizer.eos_token_id] if append_eot is True else _ids(tokenizer, [append_eot])[0]
+    if len(ids) != 1: raise ValueError(f"append_eot={append_eot!r} is {len(ids)} tokens, not one")
+    return ids
+
+# %% ../nbs/09c_compat.ipynb #b5df3394
+def _check_example(example: TrainingExample, max_len: int, overflow: str, seam: str) -> None:
+    "TypeError or ValueError saying what is wrong."
+    for name in ("context", "continuation"):
+        if not isinstance(text := getattr(example, name), str): raise TypeError(f"{name} of {example.id!r} is {type(text).__name__}, not str")
+        check_utf8(text, f"{name} of {example.id!r}")
+    if not example.continuation: raise ValueError(f"the continuation of {example.id!r} is empty: there is nothing to learn")
+    if isinstance(max_len, bool) or not isinstance(max_len, int) or max_len < 1: raise ValueError(f"max_len={max_len!r}; it is at least 1")
+    if overflow not in ("error", "right"): raise ValueError(f"overflow={overflow!r} is unknown; choose error or right")
+    if seam not in ("auto", "error"): raise ValueError(f"seam={seam!r} is unknown; choose auto or error")
+
+# %% ../nbs/09c_compat.ipynb #7835e98e
+@patch
+def _tokens(self: TrainingExample, tokenizer: Any, append_eot: bool | str, protect: int | str, cut_at: str | None, seam: str) -> tuple[list[int], list[int], str, int, list[int] | None]:
+    "Tokens of the context and of the continuation, how they were joined, the length of the protected prefix, and where turns start."
+    context, rest, how = _two_parts(tokenizer, self.context, self.continuation, seam)
+    if not rest: raise ValueError(f"the continuation of {self.id!r} has no token of its own")
+    opening, end, text = _opening(tokenizer, context or rest), _end_token(tokenizer, append_eot), self.context + (self.continuation if how == "together" else "")
+    keep = min(_protected(tokenizer, text, protect) + (len(opening) if isinstance(protect, str) else 0), len(opening) + len(context))
+    turns = _turns(tokenizer, text, cut_at)
+    return opening + context, rest + (end if rest[-1:] != end else []), how, keep, turns and [t + len(opening) for t in turns]
+
+# %% ../nbs/09c_compat.ipynb #dc8ac558
+@patch
+def tokenize(self: TrainingExample,
+    tokenizer: Any, # a transformers tokenizer, or the name of one
+    max_len: int = 8192, # tokens at most, never exceeded
+    device: Any = None, # where the tensors go; None: the CPU
+    append_eot: bool | str = False, # end the continuation with the EOS token, or with the token of this text
+    protect: int | str = 0, # a prefix that a cut leaves: a number of tokens (1: a BOS), or its text
+    cut_at: str | None = None, # cut only where this text begins, such as "<|im_start|>"
+    overflow: str = "error", # a continuation that does not fit: error, or cut its right end
+    seam: str = "auto", # parts that make other tokens together: auto, or error
+) -> TrainingExample: # the same example, with input_ids, labels and lengths; ValueError if it cannot be done
+    "Make tokens and labels: the context is cut from the left, the continuation is kept."
+    _check_example(self, max_len, overflow, seam)
+    context, rest, how, keep, turns = self._tokens(tokenizer := _tokenizer(tokenizer), append_eot, protect, cut_at, seam)
+    room = max_len - len(rest)
+    if room < keep and (overflow == "error" or keep >= max_len): raise ValueError(f"{self.id!r}: a continuation of {len(rest)} tokens and a protected prefix of {keep} do not fit into max_len={max_len}")
+    kept, first = rest[:max_len - keep], _window(len(context), max(room, keep), keep, turns)
+    ids, n = context[:keep] + context[first:] + kept, keep + len(context) - first
+    self.input_ids = torch.tensor(ids, dtype=torch.long, device=device)
+    self.labels = torch.tensor([-100] * n + kept, dtype=torch.long, device=device)
+    self.context_len, self.total_len, self.cut, self.cut_continuation, self.seam = n, len(ids), first - keep, len(rest) - len(kept), how
+    return self
+
+# %% ../nbs/09c_compat.ipynb #7965725a
+@patch
+def to_dict(self: TrainingExample) -> dict[str, Any]: # id, context, continuation, reason, memories, context_len, total_len
+    "The example without its tensors."
+    return dict(id=self.id, context=self.context, continuation=self.continuation, reason=self.reason, memories=list(self.memories), context_len=self.context_len, total_len=self.total_len)
+
+@patch(cls_method=True)
+def from_dict(cls: TrainingExample,
+    d: Mapping[str, Any], # with id, context and continuation; more is optional, unknown keys are ignored
+) -> TrainingExample: # KeyError if one of the three is missing, TypeError if a text is none
+    "An example from what `to_dict` gave."
+    out = cls(d["id"], d["context"], d["continuation"], d.get("reason") or "", list(d.get("memories") or ()), context_len=d.get("context_len") or 0, total_len=d.get("total_len") or 0)
+    if not all(isinstance(t, str) for t in (out.context, out.continuation)): raise TypeError(f"{out.id!r}: context and continuation are texts")
+    return out
+
+# %% ../nbs/09c_compat.ipynb #bbaaeac4
+def save_examples(
+    examples: Iterable[TrainingExample], # any number of them
+    path: str | Path, # a JSONL file; its folder must exist
+) -> Path: # where it lies; ValueError for text that UTF-8 cannot carry
+    "Write examples as lines of JSON, whole or not at all."
+    lines = [check_utf8(json.dumps(e.to_dict(), ensure_ascii=False) + "\n", f"example {e.id!r}") for e in examples]
+    return write_whole(path, "".join(lines))
+
+# %% ../nbs/09c_compat.ipynb #ba5d4ee9
+def load_examples(
+    path: str | Path, # a JSONL file; blank lines are skipped
+) -> list[TrainingExample]: # without tokens; ValueError naming the line that is no example
+    "Read what `save_examples` wrote."
+    out = []
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for at, line in enumerate(file, 1):
+            if not line.strip(): continue
+            try: out.append(TrainingExample.from_dict(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path}, line {at}: no training example ({type(e).__name__}: {e})") from e
+    return out
+
+# %% ../nbs/09c_compat.ipynb #c10a0577
+class ExampleTokenizer:
+    "A tokenizer that makes training examples."
+    def __init__(self,
+        model_path: str | Path | Any, # a name on the hub, a folder, or a tokenizer
+        trust_remote_code: bool = False, # run code that comes with a tokenizer
+    ):
+        from transformers import AutoTokenizer
+        self.tokenizer = AutoTokenizer.from_pretrained(str(model_path), trust_remote_code=True) if trust_remote_code and isinstance(model_path, (str, Path)) else _tokenizer(model_path)
+
+# %% ../nbs/09c_compat.ipynb #3a97cdad
+@patch
+def prepare_example(self: ExampleTokenizer,
+    example: TrainingExample, # gets tokens and labels, in place
+    max_len: int = 8192, # tokens at most
+    device: Any = None, # where the tensors go; None: the CPU
+    **kwargs: Any, # append_eot, protect, cut_at, overflow, seam: see `TrainingExample.tokenize`
+) -> TrainingExample: # the same example
+    "Tokenize an example, exactly as `TrainingExample.tokenize` does."
+    return example.tokenize(self.tokenizer, max_len, device, **kwargs)
+
+# %% ../nbs/09c_compat.ipynb #1c49fad7
+def _check_decision(messages: Sequence[Mapping[str, Any]], decision_idx: int) -> None:
+    "ValueError unless an answer of the assistant stands, or could stand, at this place."
+    if isinstance(decision_idx, bool) or not isinstance(decision_idx, int) or not 0 < decision_idx <= len(messages): raise ValueError(f"decision_idx={decision_idx!r}; with {len(messages)} messages it is from 1 to {len(messages)}, as a decision needs a context")
+    role = messages[decision_idx]["role"] if decision_idx < len(messages) else "assistant"
+    if role not in ("assistant", "agent"): raise ValueError(f"message {decision_idx} is of the role {role!r}; the decision must be the assistant's")
+
+# %% ../nbs/09c_compat.ipynb #59749daa
+def _turn_end(tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]) -> str:
+    "The token that a template writes after an answer; ValueError if it writes none."
+    whole = tokenizer.apply_chat_template([*messages, dict(role="assistant", content="tracebook")], tokenize=False, **kwargs)
+    text = whole.rpartition("tracebook")[2].lstrip()
+    ids, added = _ids(tokenizer, [text])[0][:1], tokenizer.added_tokens_decoder
+    if not ids or ids[0] not in added or not text.startswith(added[ids[0]].content): raise ValueError(f"the chat template writes no end token after an answer (it goes on with {_shown(text[:20])!r}); give it as append_eot")
+    return added[ids[0]].content
+
+# %% ../nbs/09c_compat.ipynb #a6e1e6ac
+@patch
+def prepare_from_messages(self: ExampleTokenizer,
+    example_id: str, # of the new example
+    messages: Sequence[Mapping[str, Any]], # a conversation, not changed
+    decision_idx: int, # the message that is replaced; their number: one that comes after all
+    better_response: str, # what follows the generation prompt, in the template's own writing
+    reason: str = "", # why this is a training target
+    memories: Sequence[str] | None = None, # keys of what was in the context
+    max_len: int = 8192, # tokens at most
+    device: Any = None, # where the tensors go; None: the CPU
+    append_eot: bool | str = False, # True: with the token by which the template ends a turn
+    template_kwargs: Mapping[str, Any] | None = None, # for `apply_chat_template`, such as tools or enable_thinking
+    **kwargs: Any, # protect, cut_at, overflow, seam: see `TrainingExample.tokenize`
+) -> TrainingExample: # with tokens and labels; ValueError for a wrong index or role, or an empty response
+    "An example from a conversation and a better response at one place of it."
+    _check_decision(messages, decision_idx)
+    before, more = [dict(m) for m in messages[:decision_idx]], dict(template_kwargs or {})
+    context = self.tokenizer.apply_chat_template(before, add_generation_prompt=True, **more, tokenize=False)
+    if append_eot is True: append_eot = _turn_end(self.tokenizer, before, more)
+    return self.prepare_example(TrainingExample(example_id, context, better_response, reason, list(memories or ())), max_len, device, append_eot=append_eot, **kwargs)
+
+# %% ../nbs/09c_compat.ipynb #573932a5
+def _rectangles(batch: Mapping[str, Any]) -> list[Any]: # int64 tensors [b, t], of one shape
+    "input_ids, labels and attention_mask of a batch; ValueError if they do not go together or rows are packed."
+    ids, labels = (torch.atleast_2d(torch.as_tensor(batch[k])) for k in ("input_ids", "labels"))
+    mask, places = (None if batch.get(k) is None else torch.atleast_2d(torch.as_tensor(batch[k])) for k in ("attention_mask", "position_ids"))
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not ids.shape == labels.shape == mask.shape: raise ValueError(f"input_ids {tuple(ids.shape)}, labels {tuple(labels.shape)} and attention_mask {tuple(mask.shape)} differ in shape")
+    packed = places is not None and any((p[m.bool()].diff() <= 0).any() for p, m in zip(places.expand_as(ids), mask))
+    if packed: raise ValueError("position_ids start anew inside a row: packed rows cannot be parted into a context and a continuation")
+    return [ids, labels, mask]
+
+# %% ../nbs/09c_compat.ipynb #59cb22d5
+def _rows(batch: Any) -> list[tuple[Any, Any, int]]: # input_ids [t], labels [t], the first trained place, of each row that has one
+    "The rows of a batch, without padding and without what follows the last trained token."
+    if isinstance(batch, TrainingExample): batch = [batch]
+    parts = zip(*_rectangles(batch)) if isinstance(batch, Mapping) else ((e.input_ids, e.labels, torch.ones_like(e.labels)) for e in batch)
+    out = []
+    for ids, labels, mask in parts:
+        ids, labels = ids[mask.bool()], labels[mask.bool()]
+        trained = (labels[1:] != -100).nonzero().flatten() + 1
+        if len(trained): out.append((ids[:trained[-1] + 1], labels[:trained[-1] + 1], int(trained[0])))
+    return out
+
+# %% ../nbs/09c_compat.ipynb #568bb392
+def _frozen_logits(model: Any, ids: Any, n: int) -> Any: # [t - n, vocabulary]
+    "Logits from place `n` on, with all before it read without gradients; ValueError if the model keeps nothing of it."
+    if n == 0: return model(input_ids=ids[None], use_cache=False).logits[0]
+    few = dict(logits_to_keep=1) if "logits_to_keep" in inspect.signature(model.forward).parameters else {} # those of a long context are large
+    with torch.no_grad(): cache = model(input_ids=ids[None, :n], use_cache=True, **few).past_key_values
+    if cache is None or cache.get_seq_length() != n: raise ValueError(f"{type(model).__name__} kept no keys and values of the context")
+    return model(input_ids=ids[None, n:], past_key_values=cache, use_cache=True).logits[0]
+
+# %% ../nbs/09c_compat.ipynb #0e9e02d8
+def context_frozen_loss(
+    model: Any, # a causal language model of transformers
+    batch: Any, # a dict with input_ids [b, t], labels [b, t] and maybe attention_mask [b, t], or one TrainingExample or several, tokenized
+) -> Any: # a scalar tensor; ValueError if no token is trained, if rows are packed, or if the model can keep no context
+    "The loss of the trained tokens, with what comes before them in each row read without gradients."
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()): raise ValueError("gradient checkpointing keeps no cache, so the context would be lost; call model.gradient_checkpointing_disable()")
+    rows = _rows(batch)
+    if not rows: raise ValueError("no token of this batch is trained: all labels are -100")
+    device, total = next(model.parameters()).device, 0.
+    for ids, labels, first in rows: # the token before the first trained one predicts it
+        logits = _frozen_logits(model, ids.to(device), first - 1)[:-1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        total = total + torch.nn.functional.cross_entropy(logits, labels[first:].to(logits.device, torch.long), ignore_index=-100, reduction="sum")
+    return total / sum(int((labels[1:] != -100).sum()) for _, labels, _ in rows)
