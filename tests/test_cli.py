@@ -11,7 +11,7 @@ from tracebook.memento import build_memento
 
 CLEAN = build_memento([("one two three", "one"), ("four five six", "four")], "\n\nThe answer.")
 COMMANDS = ("book", "stats", "parse")
-ALL_COMMANDS = (*COMMANDS, "compress", "context")
+ALL_COMMANDS = (*COMMANDS, "compress", "context", "sft", "template")
 ESCAPES = "\x1b[31m\x1b]0;owned\x07\x9b31m\x7f"
 
 
