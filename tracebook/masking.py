@@ -133,11 +133,11 @@ def _says(message: Mapping) -> bool:
     parts = [content] if isinstance(content, str) else [p.get("text") or "" for p in content or () if isinstance(p, Mapping)]
     return bool(message.get("tool_calls")) or any(isinstance(t, str) and any(_pieces(t)) for t in (*parts, *(message.get(k) for k in _REASONING)))
 
-# %% ../nbs/09_masking.ipynb #8d4f92f3
+# %% ../nbs/09_masking.ipynb #25af8175
 def _check_turn(messages: Sequence[Mapping], i: int, found: Rendered) -> None:
     "Unverified if a turn that is to be trained is not in the text."
     if messages[i].get("tool_calls") and not any(s.message == i and s.field == "tool_calls" and p for s, p in zip(found.segments, found.places)): raise Unverified("tool_calls_unplaced", f"message {i}: its tool calls are dropped or cannot be marked, so the end of the turn cannot be proven")
-    if not _own(found, i) and _says(messages[i]): raise Unverified("dropped_by_template", f"message {i} has text, but the template renders nothing of it")
+    if not _own(found, i) and _says(messages[i]): raise Unverified("dropped_by_template", f"message {i} has text, but the template renders nothing of it (templates of models with images want a list of parts: [{{'type': 'text', 'text': …}}])")
 
 # %% ../nbs/09_masking.ipynb #05aff160
 def _lost(messages: Sequence[Mapping], found: Rendered, trained: Mapping, regions: Sequence[Region]) -> Iterator[str]:
@@ -543,7 +543,7 @@ def _nothing(template: _Template, messages: Sequence[Mapping], reason: str) -> _
     recipe = _Recipe(template, list(messages), [0.] * len(messages), list(range(len(messages))), "unroll", _Options(), False, {}, False, "start")
     return _Example("", [], [], [reason], recipe)
 
-# %% ../nbs/09_masking.ipynb #6fe39cc3
+# %% ../nbs/09_masking.ipynb #c068f58b
 def truncate(
     encoding: ChatEncoding, # not changed
     max_length: int, # at most so many tokens
@@ -555,7 +555,7 @@ def truncate(
     if max_length < 1 or keep < 0: raise ValueError(f"max_length is {max_length} and keep {keep}; they are 1 and 0 or more")
     return _encoding(_fit(encoding._coded, max_length, "turns" if where == "oldest" else where, keep))
 
-# %% ../nbs/09_masking.ipynb #8deb5751
+# %% ../nbs/09_masking.ipynb #148a87b9
 @dataclass
 class Ledger:
     "What became of a data set of chats."
@@ -574,7 +574,7 @@ class Ledger:
         for name in ("by_field", "by_role", "emptied"): setattr(self, name, Counter(getattr(self, name) or {}))
         self.refused = list(self.refused or [])
 
-# %% ../nbs/09_masking.ipynb #a646d37b
+# %% ../nbs/09_masking.ipynb #0285db98
 @patch
 def add(self: Ledger, report: Mapping) -> None:
     "Count one example by its report."
@@ -585,7 +585,7 @@ def add(self: Ledger, report: Mapping) -> None:
         else: setattr(self, name, now + more)
     if "reason" in report: self.emptied[report["reason"]] += 1
 
-# %% ../nbs/09_masking.ipynb #244ec21c
+# %% ../nbs/09_masking.ipynb #d4de4f1d
 @patch
 def __repr__(self: Ledger) -> str:
     share = f" ({self.trained / self.tokens:.1%})" if self.tokens else ""
@@ -594,7 +594,7 @@ def __repr__(self: Ledger) -> str:
     more = [f"  and {len(self.refused) - 20:,} more refused"] if len(self.refused) > 20 else []
     return "\n".join(lines + [f"  refused row {i}: {message}" for i, _, message in self.refused[:20]] + more)
 
-# %% ../nbs/09_masking.ipynb #e76ba63f
+# %% ../nbs/09_masking.ipynb #ccb74c87
 def _chats(rows: Any) -> Iterator[tuple[list[dict], list | None]]:
     "(messages, tools) of rows, or of lists of messages."
     for i, row in enumerate(rows):
@@ -603,7 +603,7 @@ def _chats(rows: Any) -> Iterator[tuple[list[dict], list | None]]:
         if isinstance(messages, str) or not isinstance(messages, Iterable) or not all(isinstance(m, Mapping) for m in messages): raise ValueError(f"row {i}: messages must be a list of dictionaries")
         yield [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages], tools
 
-# %% ../nbs/09_masking.ipynb #78692137
+# %% ../nbs/09_masking.ipynb #5172fc22
 class _Job(NamedTuple):
     "How chats become rows."
     tokenizer: Any
@@ -615,7 +615,7 @@ class _Job(NamedTuple):
 
     def template(self, tools: list | None) -> _Template: return _template(self.tokenizer, tools or self.options.get("tools"), self.options.get("chat_template"), self.options.get("chat_template_kwargs"))
 
-# %% ../nbs/09_masking.ipynb #ea23e3f5
+# %% ../nbs/09_masking.ipynb #eac6d5d0
 def _row_examples(job: _Job, i: int, messages: list[dict], tools: list | None, ledger: Ledger) -> list[_Example]:
     "The examples of row i; a row that is refused is counted, or stops the work."
     ledger.rows += 1
@@ -627,14 +627,14 @@ def _row_examples(job: _Job, i: int, messages: list[dict], tools: list | None, l
         ledger.refused.append((i, code, said))
         return []
 
-# %% ../nbs/09_masking.ipynb #c55bc1d9
+# %% ../nbs/09_masking.ipynb #6ae33d7d
 def _fitted(job: _Job, row: int, coded: _Coded) -> _Coded:
     "An example that is no longer than it may be; the error names the row."
     try: return _fit(coded, job.max_length, job.truncation)
     except Unverified as e: raise Unverified(e.code, f"row {row}: {e.message}") from None
     except ValueError as e: raise ValueError(f"row {row}: {e}") from None
 
-# %% ../nbs/09_masking.ipynb #2f8273ee
+# %% ../nbs/09_masking.ipynb #91ffdb17
 def _lists(arrays: Sequence[np.ndarray], kind: Any) -> pa.ListArray:
     borders = np.cumsum([0, *map(len, arrays)])
     flat = np.concatenate(arrays) if arrays else np.zeros(0)
@@ -646,7 +646,7 @@ def _table(made: Sequence[tuple[int, _Coded]]) -> pa.Table:
     lists = dict(input_ids=[c.ids for c in coded], labels=[c.labels for c in coded], assistant_masks=[c.weights != 0 for c in coded], position_ids=[np.arange(len(c)) for c in coded])
     return pa.table({k: _lists(v, pa.int64()) for k, v in lists.items()} | dict(row=pa.array(rows, pa.int64()), loss_weights=_lists([c.weights for c in coded], pa.float64())))
 
-# %% ../nbs/09_masking.ipynb #066a0057
+# %% ../nbs/09_masking.ipynb #5946bd41
 def _portion(job: _Job, start: int, chats: Sequence[tuple[list[dict], list | None]]) -> tuple[pa.Table, Ledger]:
     "The rows from `start` on as a table, and what became of them."
     ledger = Ledger()
@@ -656,7 +656,7 @@ def _portion(job: _Job, start: int, chats: Sequence[tuple[list[dict], list | Non
     for _, c in made: ledger.add(c.report())
     return _table([(i, c) for i, c in made if job.keep_empty or (c.weights != 0).any()]), ledger
 
-# %% ../nbs/09_masking.ipynb #6a8bfc23
+# %% ../nbs/09_masking.ipynb #de1926ad
 _PORTION = 64 # rows that are tokenized in one call
 
 def _portions_of(rows: Any) -> Iterator[tuple[int, list]]:
@@ -671,7 +671,7 @@ def _worker(job: _Job) -> None:
 
 def _work(portion: tuple[int, list]) -> tuple[pa.Table, Ledger]: return _portion(globals()["_JOB"], *portion)
 
-# %% ../nbs/09_masking.ipynb #7d49bbac
+# %% ../nbs/09_masking.ipynb #986c9e03
 def _all_portions(job: _Job, rows: Any, num_proc: int | None) -> Iterator[tuple[pa.Table, Ledger]]:
     "All portions in order, made here or in other processes."
     if not num_proc or num_proc == 1:
@@ -684,7 +684,7 @@ def _all_portions(job: _Job, rows: Any, num_proc: int | None) -> Iterator[tuple[
             if len(waiting) > 4 * num_proc: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
-# %% ../nbs/09_masking.ipynb #c216be01
+# %% ../nbs/09_masking.ipynb #4dbe0663
 def _joined(ledgers: Iterable[Ledger]) -> Ledger:
     "One ledger of several."
     out = Ledger()
@@ -697,7 +697,7 @@ def _joined(ledgers: Iterable[Ledger]) -> Ledger:
 
 def _plain_weights(table: pa.Table) -> bool: return all(not np.setdiff1d(c.values.to_numpy(), (0, 1)).size for c in table["loss_weights"].chunks)
 
-# %% ../nbs/09_masking.ipynb #47db5e04
+# %% ../nbs/09_masking.ipynb #65744c8e
 def _dataset(tables: Sequence[pa.Table], ledger: Ledger, template: _Template, **more: Any) -> Dataset:
     "The finished data set with what was noted about it."
     table = pa.concat_tables(tables) if tables else _table([])
@@ -708,7 +708,7 @@ def _dataset(tables: Sequence[pa.Table], ledger: Ledger, template: _Template, **
     data.ledger = ledger
     return data
 
-# %% ../nbs/09_masking.ipynb #72c7e7ac
+# %% ../nbs/09_masking.ipynb #7de8ce98
 def tokenize_chats(
     tokenizer: Any, # a transformers tokenizer with a chat template, or the name of one
     rows: Any, # a `Dataset` or list of rows with `messages` (and `tools`), or a list of chats
@@ -732,7 +732,7 @@ def tokenize_chats(
             tables.append(table); ledgers.append(ledger); bar.update(ledger.rows)
     return _dataset(tables, _joined(ledgers), job.template(None))
 
-# %% ../nbs/09_masking.ipynb #1c8cdef4
+# %% ../nbs/09_masking.ipynb #4ac04bb0
 _CALL = dict(type="function", id="abcdefghi", function=dict(name="look_up", arguments=dict(word="prime", count=2)))
 PROBES = { # kind -> a chat, for `check_template`
     "plain": [dict(role="user", content="Is 9 prime?"), dict(role="assistant", content="No."), dict(role="user", content="And 7?"), dict(role="assistant", content="Yes.")],
@@ -741,7 +741,7 @@ PROBES = { # kind -> a chat, for `check_template`
     "tools": [dict(role="user", content="What is a prime?"), dict(role="assistant", content="", tool_calls=[_CALL]), dict(role="tool", tool_call_id="abcdefghi", name="look_up", content="a number"), dict(role="assistant", content="A number.")],
     "mixed": [dict(role="system", content="Be brief."), dict(role="user", content="What is a prime?"), dict(role="assistant", reasoning_content="look it up", content="", tool_calls=[_CALL]), dict(role="tool", tool_call_id="abcdefghi", name="look_up", content="a number"), dict(role="assistant", reasoning_content="found it", content="A number."), dict(role="user", content="Thanks."), dict(role="assistant", content="Welcome.")]}
 
-# %% ../nbs/09_masking.ipynb #1aecace6
+# %% ../nbs/09_masking.ipynb #e295defa
 def _probe(template: _Template, messages: list[dict]) -> dict:
     "What a template does with one chat."
     mine = [i for i, m in enumerate(messages) if m["role"] in TRAINED_ROLES]
@@ -752,30 +752,49 @@ def _probe(template: _Template, messages: list[dict]) -> dict:
     except Unverified as e: return dict(verified=False, code=e.code, message=str(e)[:200], stable=None, drops=[])
     return dict(verified=True, code=None, message=None, stable=None not in turns.values(), drops=sorted({n for e in examples for n in e.notes}))
 
-# %% ../nbs/09_masking.ipynb #4af7f901
+# %% ../nbs/09_masking.ipynb #efb1becf
 @dataclass
 class TemplateReport:
     "The habits of a chat template."
     tokenizer: str # name of the tokenizer
     probes: dict[str, dict] # kind of chat -> verified, code, message, stable (history is not rewritten), drops
     generation_prompt: str # what a model is given before it writes, after a user's turn
+    prefills: str # the part of it that opens or closes thoughts
     end_of_turn: str # what ends a turn
+    end_of_turn_ids: list[int] # in tokens
     trailing: str # what follows it and is not trained
+    adds: str # words before the first message that nobody wrote
     trims: bool # outer white space of a message is cut off
+    rewraps: bool # thoughts written in the content are rendered in another way
     dated: bool # the date of today is in the text
 
     def to_dict(self) -> dict: return dict(vars(self))
     def to_json(self) -> str: return json.dumps(self.to_dict(), ensure_ascii=False)
 
-# %% ../nbs/09_masking.ipynb #b2f8863e
+# %% ../nbs/09_masking.ipynb #42be0a85
 @patch
 def __repr__(self: TemplateReport) -> str:
     said = lambda p: f"refused, {p['message']}" if not p["verified"] else "every turn proven" + ("" if p["stable"] else ", history rewritten: one example a turn") + "".join(f"; {d}" for d in p["drops"])
-    lines = [f"{k:10} {said(p)}" for k, p in self.probes.items()]
-    return "\n".join([f"chat template of {self.tokenizer}", f"a model is given {self.generation_prompt!r}; a turn ends with {self.end_of_turn!r}{f', then {self.trailing!r}' if self.trailing else ''}",
-        f"outer white space is {'cut off' if self.trims else 'kept'}; the date of today is {'' if self.dated else 'not '}in the text", *lines])
+    habits = [f"outer white space is {'cut off' if self.trims else 'kept'}", f"thoughts in the content are {'written anew' if self.rewraps else 'kept as they are'}", f"the date of today is {'' if self.dated else 'not '}in the text"]
+    added = [f"before the first message it says {self.adds!r}"] if self.adds else []
+    return "\n".join([f"chat template of {self.tokenizer}", f"a model is given {self.generation_prompt!r}; a turn ends with {self.end_of_turn!r}{f', then {self.trailing!r}' if self.trailing else ''}", "; ".join(habits), *added,
+        *(f"{k:10} {said(p)}" for k, p in self.probes.items())])
 
-# %% ../nbs/09_masking.ipynb #4afd7ab5
+# %% ../nbs/09_masking.ipynb #40e68b85
+def _asked(template: _Template, *messages: tuple[str, str], prompt: bool = False) -> str:
+    "A small chat of (role, content) as text; empty if the template does not take it."
+    try: return template.render([dict(role=role, content=content) for role, content in messages], prompt=prompt)
+    except Unverified: return ""
+
+def _added(template: _Template) -> str:
+    "The words before the first message that nobody wrote."
+    alone, second = _asked(template, ("user", "x")), _asked(template, ("user", "x"), ("assistant", "y"), ("user", "z"))
+    before, header = alone.partition("x")[0], second.rpartition("y")[2].partition("z")[0]
+    shared = next((n for n in range(min(len(before), len(header)), 0, -1) if before[-n:] == header[-n:]), 0) # the header of the user's turn
+    words = template.special.sub(" ", before[:len(before) - shared])
+    return " ".join(words.split()) if len(words.split()) > 1 else ""
+
+# %% ../nbs/09_masking.ipynb #8505e6b6
 def check_template(
     tokenizer: Any, # a transformers tokenizer, or the name of one
     chat_template: str | None = None, # instead of the tokenizer's
@@ -784,15 +803,15 @@ def check_template(
 ) -> TemplateReport: # printable; `to_json` for machines
     "What a chat template keeps, drops, rewrites, trims and adds."
     template = _template(tokenizer, tools, chat_template, chat_template_kwargs)
-    user = [dict(role="user", content="x")]
-    try: given, ends = template.render(user, prompt=True), template.ends()
-    except Unverified: given, ends = "", Ends("", "", "", "")
-    bare = template.render(user) if given else ""
-    try: padded = template.render([dict(role="user", content=" \n  y  \n "), dict(role="assistant", content=" \n z \n ")])
-    except Unverified: padded = ""
+    given, bare = (_asked(template, ("user", "x"), prompt=p) for p in (True, False))
+    try: ends = template.ends()
+    except Unverified: ends = Ends("", "", "", "")
+    prompt, end = given[_common(bare, given, template.special):], ends.close or ends.at_end or ends.history
+    opens = re.search(r"<\w*think\w*>|</\w*think\w*>", prompt)
+    padded, thought = (_asked(template, ("user", "x"), ("assistant", content)) for content in (" \n z \n ", "<think>\nq \n</think>\nz"))
     today = [datetime.now().strftime(f) for f in ("%Y-%m-%d", "%d %b %Y", "%d %B %Y", "%B %d, %Y")]
-    return TemplateReport(tokenizer_name(template.tokenizer), {k: _probe(template, m) for k, m in PROBES.items()}, given[_common(bare, given, template.special):], ends.close or ends.at_end or ends.history, ends.trailing,
-        bool(padded) and " \n z \n " not in padded, any(d in given for d in today))
+    return TemplateReport(tokenizer_name(template.tokenizer), {k: _probe(template, m) for k, m in PROBES.items()}, prompt, prompt[opens.start():] if opens else "", end, template.tokenizer.encode(end, add_special_tokens=False), ends.trailing,
+        _added(template), bool(padded) and " \n z \n " not in padded, bool(thought) and "<think>\nq \n</think>\nz" not in thought, any(d in given for d in today))
 
 # %% ../nbs/09b_batches.ipynb #3b78d1ff
 import heapq
