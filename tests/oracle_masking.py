@@ -216,7 +216,7 @@ def unroll_problems(tok, chat, encs, turns, text):
             thought, content = map(squeeze, texts_of(message))
             if close and not said.endswith(squeeze(close)): out.append(f"turn {mine[-1].i} ends in {said[-20:]!r}, not in {close!r}")
             if not message.get("tool_calls") and said.removesuffix(squeeze(close)) not in (thought + content, content, squeeze(texts_of(message)[1].rpartition("</think>")[2])): out.append(f"turn {mine[-1].i} trains {said!r}")
-    if sorted(seen) != [t.i for t in turns]: out.append(f"turns {[t.i for t in turns]}, trained {sorted(seen)}")
+    if sorted(seen) != [t.i for t in turns if t.emits != ""]: out.append(f"turns {[t.i for t in turns]}, trained {sorted(seen)}")
     return out
 
 

@@ -26,9 +26,7 @@ from .tokens import _tokenizer, _with_markers, tokenize_trace, tokenizer_hash, t
 from .stats import _axes, _by_group
 
 # %% auto #0
-__all__ = ['CONTEXT_COLUMNS', 'PAPER_TABLE_1', 'TABLE_1_CAVEATS', 'visible_until', 'KVCurve', 'kv_occupancy', 'KVBytes',
-           'kv_bytes_per_token', 'KVSize', 'context_curve', 'plot_context', 'plot_reductions', 'PublishedContext',
-           'compare_with_table_1']
+__all__ = ['CONTEXT_COLUMNS', 'PAPER_TABLE_1', 'TABLE_1_CAVEATS', 'visible_until', 'KVCurve', 'kv_occupancy', 'KVBytes', 'kv_bytes_per_token', 'KVSize', 'context_curve', 'plot_context', 'plot_reductions', 'PublishedContext', 'compare_with_table_1', 'slice_visible_until', 'join_visible_until', 'memento_mask', 'model_masks', 'check_attention_mask']
 
 # %% ../nbs/08_attention.ipynb #9cd80cb2
 def _check_blocks(spans: Sequence[TokenBlock], n_tokens: int) -> None:
@@ -55,13 +53,7 @@ def visible_until(
     for start, end, until in _apart(gone): out[start:end] = until
     return torch.from_numpy(out)
 
-# %% ../nbs/08_attention.ipynb #0de5de41
-def _allowed(until: torch.Tensor) -> torch.Tensor: # bool [n, n]
-    "Which query (row) sees which key (column)."
-    at = torch.arange(len(until))
-    return (at[None] <= at[:, None]) & (at[:, None] < until[None])
-
-# %% ../nbs/08_attention.ipynb #0205ccce
+# %% ../nbs/08_attention.ipynb #8872653a
 def _departures(until: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (steps, how many tokens leave then), by step; a step may come several times
     "The runs of the column that leave; ValueError for a column that cannot be one."
     n = len(until)
@@ -72,7 +64,7 @@ def _departures(until: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # (steps, h
     order = np.argsort(steps, kind="stable")[:np.count_nonzero(steps < n)]
     return steps[order], (ends - starts)[order]
 
-# %% ../nbs/08_attention.ipynb #e649fd25
+# %% ../nbs/08_attention.ipynb #f73b1fac
 @dataclass(frozen=True, eq=False, repr=False)
 class KVCurve:
     "How many tokens the cache holds after each step; made by `kv_occupancy`."
@@ -94,7 +86,7 @@ class KVCurve:
         generated = len(self) - self.prompt_length
         return self.auc / generated if generated else None
 
-# %% ../nbs/08_attention.ipynb #0ff9c264
+# %% ../nbs/08_attention.ipynb #9085cd79
 @patch(as_prop=True)
 def peak(self: KVCurve) -> int: # tokens
     "The most that the cache holds, from the end of the prompt on."
@@ -103,7 +95,7 @@ def peak(self: KVCurve) -> int: # tokens
     size[1:] -= np.cumsum(self._left[1])
     return int(size[came.searchsorted(max(self.prompt_length, 1)):].max(initial=0))
 
-# %% ../nbs/08_attention.ipynb #c784da0a
+# %% ../nbs/08_attention.ipynb #a78cee1d
 @patch(as_prop=True)
 def occupancy(self: KVCurve) -> torch.LongTensor: # [n]
     "Tokens in the cache after each step."
@@ -111,7 +103,7 @@ def occupancy(self: KVCurve) -> torch.LongTensor: # [n]
     np.subtract.at(change, *self._left)
     return torch.from_numpy(np.cumsum(change))
 
-# %% ../nbs/08_attention.ipynb #5982669b
+# %% ../nbs/08_attention.ipynb #5ddbb82e
 def kv_occupancy(
     visible_until: torch.LongTensor, # [n], of the function of this name
     prompt_length: int = 0, # the first so many tokens were given: they are in the cache; peak counts from their end on, area and mean over the tokens after them
@@ -122,7 +114,7 @@ def kv_occupancy(
     if not 0 <= prompt_length <= len(until): raise ValueError(f"prompt_length must be between 0 and {len(until):,}, got {prompt_length}")
     return KVCurve(until, prompt_length, _departures(until.numpy()))
 
-# %% ../nbs/08_attention.ipynb #3455e791
+# %% ../nbs/08_attention.ipynb #844c30af
 @patch(as_prop=True)
 def evictions(self: KVCurve) -> torch.LongTensor: # [k, 2]: (step, tokens); from this step on they are no longer there
     "When tokens leave the cache, and how many."
@@ -130,13 +122,13 @@ def evictions(self: KVCurve) -> torch.LongTensor: # [k, 2]: (step, tokens); from
     tokens = np.bincount(which, self._left[1], len(steps)).astype(np.int64)
     return torch.from_numpy(np.stack([steps, tokens], axis=1))
 
-# %% ../nbs/08_attention.ipynb #f04e4452
+# %% ../nbs/08_attention.ipynb #eb6ee44e
 @patch
 def __repr__(self: KVCurve) -> str:
     size = "nothing generated" if self.mean is None else f"mean {self.mean:,.1f}"
     return f"KVCurve({_count(len(self), 'token')}, peak {self.peak:,}, area {self.auc:,}, {size}, {_count(len(self.evictions), 'eviction')})"
 
-# %% ../nbs/08_attention.ipynb #78bcf9a2
+# %% ../nbs/08_attention.ipynb #693e9e86
 @patch
 def sawtooth(self: KVCurve) -> Sawtooth: # over the whole sequence, the prompt included
     "The curve by its corners, for plotting."
@@ -148,7 +140,7 @@ def sawtooth(self: KVCurve) -> Sawtooth: # over the whole sequence, the prompt i
     n, whole = len(self), replace(self, prompt_length=0)
     return Sawtooth([*points, (n, size + n - last)], n, whole.peak, whole.auc, size + n - last)
 
-# %% ../nbs/08_attention.ipynb #836bb654
+# %% ../nbs/08_attention.ipynb #8ffd3b35
 class KVBytes(int):
     "Bytes that one more token takes in the cache, as an int that knows its layers."
     groups: tuple[tuple[int, int | None, int], ...] # (layers, window or None, bytes a token takes in all of them)
@@ -167,7 +159,7 @@ class KVBytes(int):
         kinds = " and ".join(f"{_count(n, 'layer')}{'' if w is None else f' with a window of {w:,}'}" for n, w, _ in self.groups)
         return f"{int(self):,} bytes a token ({self.kib:g} KiB) in {kinds}"
 
-# %% ../nbs/08_attention.ipynb #b5e73089
+# %% ../nbs/08_attention.ipynb #77ad18f0
 def _layer_types(config: Any) -> list[str]: # of the layers that have a cache of their own
     "What kind of attention each layer has; ValueError for kinds that keep no keys and values."
     latent = [a for a in ("kv_lora_rank", "global_head_dim", "num_global_key_value_heads") if getattr(config, a, None)]
@@ -180,7 +172,7 @@ def _layer_types(config: Any) -> list[str]: # of the layers that have a cache of
     if strange: raise ValueError(f"{config.model_type} has layers of type {', '.join(strange)}, whose memory is no cache of keys and values for each token")
     return types
 
-# %% ../nbs/08_attention.ipynb #d6b64646
+# %% ../nbs/08_attention.ipynb #12267cdd
 def _config(config_or_model_name: Any) -> Any:
     "The config of the text model."
     from transformers import AutoConfig
@@ -191,7 +183,7 @@ def _config(config_or_model_name: Any) -> Any:
         except (OSError, ValueError, KeyError) as e: raise ValueError(f"cannot load the config of {str(config)!r}: give a name on the hub that can be reached or is cached, a folder, or a config object ({' '.join(str(e).split())[:200]})") from e
     return config.get_text_config(decoder=True)
 
-# %% ../nbs/08_attention.ipynb #28311a07
+# %% ../nbs/08_attention.ipynb #f1b6b8ab
 def kv_bytes_per_token(
     config_or_model_name: Any, # a transformers config or model, a folder, or a name on the hub
     dtype: torch.dtype | str | None = None, # of the cache; None: the config's, bfloat16 if it names none
@@ -207,7 +199,7 @@ def kv_bytes_per_token(
     counts = [(types.count("full_attention"), None), (types.count("sliding_attention"), getattr(config, "sliding_window", None))]
     return KVBytes([(n, window, n * one) for n, window in counts if n])
 
-# %% ../nbs/08_attention.ipynb #640a0fd2
+# %% ../nbs/08_attention.ipynb #c6c1a595
 @patch
 def windowed(self: KVCurve,
     window: int, # tokens that a layer can see, its own included
@@ -217,7 +209,7 @@ def windowed(self: KVCurve,
     n = len(self)
     return kv_occupancy(torch.minimum(self.visible_until, torch.arange(n) + window).clamp(max=n), self.prompt_length)
 
-# %% ../nbs/08_attention.ipynb #29ffd2ea
+# %% ../nbs/08_attention.ipynb #40c360e4
 class KVSize(NamedTuple):
     "The cache in bytes; 1 GB = 10^9 bytes."
     peak_gb: float # the most that it takes, in GB
@@ -225,7 +217,7 @@ class KVSize(NamedTuple):
     auc_gb_ktok: float # area under the curve, in GB times a thousand tokens
     curve_gb: torch.Tensor # float64 [n]: GB after each step
 
-# %% ../nbs/08_attention.ipynb #3a630251
+# %% ../nbs/08_attention.ipynb #d70d36de
 @patch
 def gb(self: KVCurve,
     kv_bytes: KVBytes | int, # of `kv_bytes_per_token`
@@ -241,7 +233,7 @@ def gb(self: KVCurve,
     peak = float(total[max(self.prompt_length - 1, 0):].max()) if len(total) else 0.
     return KVSize(peak, float(generated.mean()) if len(generated) else None, float(generated.sum()) / 1000, total)
 
-# %% ../nbs/08_attention.ipynb #c1796dc9
+# %% ../nbs/08_attention.ipynb #476a0d5d
 class _Row(NamedTuple):
     trace: Trace
     domain: str | None
@@ -255,7 +247,7 @@ def _rows_of(traces: Any) -> Iterator[_Row]:
         yield from (_Row(t if isinstance(t, Trace) else parse(t), None, None, None) for t in traces)
     else: yield from (_Row(parse(r["response"]), *(r.get(k) for k in ("domain", "source", "problem"))) for r in (traces if hasattr(traces, "_load_report") else load_traces(traces)))
 
-# %% ../nbs/08_attention.ipynb #91a793ea
+# %% ../nbs/08_attention.ipynb #ae7c63a2
 def _prompt_tokens(tokenizer: Any, problem: str | None) -> int:
     "Tokens of a problem as a user's turn."
     if problem is None: return 0
@@ -266,20 +258,20 @@ def _prompt_tokens(tokenizer: Any, problem: str | None) -> int:
 def _in_cache(policy: ContextPolicy) -> ContextPolicy:
     return replace(policy, restart=False, mask_delimiters=True) if policy.restart else policy
 
-# %% ../nbs/08_attention.ipynb #f1da7728
+# %% ../nbs/08_attention.ipynb #4bead58c
 def _named(policies: Any) -> dict[str, ContextPolicy]:
     "Policies by name."
     if isinstance(policies, Mapping): return {str(k): ContextPolicy.of(p) for k, p in policies.items()}
     policies = [policies] if isinstance(policies, (str, ContextPolicy)) else list(policies)
     return {p if isinstance(p, str) else p.label: ContextPolicy.of(p) for p in policies}
 
-# %% ../nbs/08_attention.ipynb #71a4d39b
+# %% ../nbs/08_attention.ipynb #3e8603ca
 CONTEXT_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("policy", pa.string()), ("n_tokens", pa.int64()), ("prompt_tokens", pa.int64()),
     ("n_blocks", pa.int64()), ("n_evicted", pa.int64()), ("peak", pa.int64()), ("auc", pa.int64()), ("mean", pa.float64()), ("final", pa.int64()),
     ("peak_ratio", pa.float64()), ("auc_ratio", pa.float64())]) # columns of `context_curve`
 _GB_COLUMNS = ("peak_gb", "auc_gb_ktok") # and those that a model adds
 
-# %% ../nbs/08_attention.ipynb #748e73f9
+# %% ../nbs/08_attention.ipynb #8569152f
 def _curve_row(blocks: Sequence[TokenBlock], n: int, given: int, policy: ContextPolicy, sees: bool, kv_bytes: KVBytes | None, sliding: str) -> dict:
     "The numbers of one trace under one policy; ratios to the same tokens without eviction."
     blocks = [TokenBlock(*(None if p is None else p + given for p in b)) for b in blocks]
@@ -289,7 +281,7 @@ def _curve_row(blocks: Sequence[TokenBlock], n: int, given: int, policy: Context
     return dict(n_tokens=n, prompt_tokens=given, n_blocks=len(blocks), n_evicted=evicted, peak=curve.peak, auc=curve.auc, mean=curve.mean, final=int(curve.occupancy[-1]) if given + n else 0,
         peak_ratio=curve.peak / full.peak if full.peak else None, auc_ratio=curve.auc / full.auc if full.auc else None, **size)
 
-# %% ../nbs/08_attention.ipynb #b6b14ee4
+# %% ../nbs/08_attention.ipynb #e70ba839
 def context_curve(
     traces: Any, # what `load_traces` returns or takes, or a list of responses or traces
     tokenizer: Any, # a transformers tokenizer, or the name of one
@@ -318,7 +310,7 @@ def context_curve(
     schema = pa.schema([*CONTEXT_COLUMNS, *((c, pa.float64()) for c in _GB_COLUMNS if kv_bytes is not None)])
     return pa.Table.from_pylist(out, schema=schema).replace_schema_metadata(meta | ({} if kv_bytes is None else dict(kv_bytes_per_token=str(int(kv_bytes)))))
 
-# %% ../nbs/08_attention.ipynb #005dff08
+# %% ../nbs/08_attention.ipynb #4172767b
 def plot_context(
     trace: str | Trace, # a response or a trace
     tokenizer: Any, # a transformers tokenizer, or the name of one
@@ -331,7 +323,7 @@ def plot_context(
     curves = {name: kv_occupancy(visible_until(blocks, len(tokens), _in_cache(p))).sawtooth() for name, p in _named(policies).items()}
     return plot_sawtooth(curves, "tokens", f"Tokens in the cache ({tokens.tokenizer})")
 
-# %% ../nbs/08_attention.ipynb #f5a8cadc
+# %% ../nbs/08_attention.ipynb #376188a3
 def plot_reductions(
     table: pa.Table, # of `context_curve`
     policy: str | None = None, # which one; None: the last in the table
@@ -350,7 +342,7 @@ def plot_reductions(
         ax.legend(frameon=False, fontsize="small", loc="lower right")
     return fig
 
-# %% ../nbs/08_attention.ipynb #de291122
+# %% ../nbs/08_attention.ipynb #941c4719
 class PublishedContext(NamedTuple):
     "One cell of Table 1: Memento divided by control."
     model: str # which Memento model
@@ -364,7 +356,7 @@ _TABLE_1 = {"Qwen3-8B": (.39, .34, .38, .32, .47, .40, .35, .34, .32, .29), "Qwe
 PAPER_TABLE_1 = [PublishedContext(model, benchmark, *cells[2 * i:2 * i + 2]) for model, cells in _TABLE_1.items()
     for i, benchmark in enumerate(("AIME'26", "competition math", "MATH-500", "GPQA-D", "LCB v6"))] # microsoft/memento, docs/memento.pdf, Table 1
 
-# %% ../nbs/08_attention.ipynb #ec7c9319
+# %% ../nbs/08_attention.ipynb #862c8328
 _COMPARABLE = {"Qwen3-8B": "qwen3", "Qwen3-32B": "qwen3", "Phi-4-reasoning 14B": "phi4"} # model -> the preset it was trained with
 TABLE_1_CAVEATS = ( # what is and what is not comparable
     "Published: a Memento model against a control model, which writes its own texts, of other lengths, without blocks. Here: one text, with eviction and without.",
@@ -373,7 +365,7 @@ TABLE_1_CAVEATS = ( # what is and what is not comparable
     "Whether the published areas count the prompt is not said; here it is left out unless prompt=True. Tokens here are those of the tokenizer in the table's metadata.",
     "Models trained further with RL, and the hybrid Olmo 3, whose windowed layers are small with or without eviction, have no counterpart here.")
 
-# %% ../nbs/08_attention.ipynb #076e4642
+# %% ../nbs/08_attention.ipynb #ad63caaf
 def compare_with_table_1(
     table: pa.Table, # of `context_curve`, with the presets "qwen3" or "phi4"
 ) -> pa.Table: # model, policy, published_peak, published_auc (ranges over benchmarks), peak, auc (medians over traces), n
@@ -388,3 +380,165 @@ def compare_with_table_1(
         mid = {k: float(np.median(ours[f"{k}_ratio"].drop_null().to_numpy())) for k in ("peak", "auc")}
         rows.append(dict(model=model, policy=policy) | published | mid | dict(n=len(ours)))
     return pa.Table.from_pylist(rows)
+
+# %% ../nbs/08a_masks.ipynb #0950d3c0
+from transformers import PretrainedConfig
+
+# %% ../nbs/08a_masks.ipynb #aebbe178
+def slice_visible_until(
+    visible_until: torch.Tensor, # [n]
+    start: int, # first token that stays
+    end: int | None = None, # the token after the last one that stays; None: to the end
+) -> torch.Tensor: # [end - start]
+    "The column of a part of a sequence."
+    end = len(visible_until) if end is None else end
+    if not 0 <= start <= end <= len(visible_until): raise ValueError(f"a part from {start} to {end} does not lie in a column of {len(visible_until):,} tokens")
+    return visible_until[start:end].clamp(max=end) - start
+
+# %% ../nbs/08a_masks.ipynb #b4c8ab39
+def join_visible_until(
+    parts: Sequence[torch.Tensor], # a column for each document of a row
+) -> tuple[torch.Tensor, torch.Tensor]: # visible_until [n] and document_ids [n] of the row
+    "The columns of several documents as that of one row."
+    parts = [torch.as_tensor(p) for p in parts]
+    starts = np.cumsum([0, *map(len, parts)]).tolist()
+    numbers = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts], dtype=torch.long))
+    return torch.cat([p.clamp(max=len(p)) + s for p, s in zip(parts, starts)] or [torch.zeros(0, dtype=torch.long)]), numbers
+
+# %% ../nbs/08a_masks.ipynb #6797658c
+def _rectangle(visible_until: Any) -> tuple[torch.Tensor, list[int]]: # int64 [rows, n], and how many tokens of each row are real
+    "Columns as a rectangle; ValueError if one cannot be a column."
+    one = isinstance(visible_until, torch.Tensor) and visible_until.dim() == 2
+    columns = list(visible_until) if one or not isinstance(visible_until, torch.Tensor) and len(visible_until) and np.ndim(visible_until[0]) else [visible_until]
+    columns = [torch.as_tensor(c).long().cpu() for c in columns]
+    for i, c in enumerate(columns):
+        if (c <= torch.arange(len(c))).any(): raise ValueError(f"row {i}: token {int((c <= torch.arange(len(c))).nonzero()[0])} could not see itself; give what `visible_until` returns")
+    n = max(map(len, columns), default=0)
+    return torch.stack([torch.cat([c.clamp(max=len(c)), torch.arange(len(c), n) + 1]) for c in columns]), [len(c) for c in columns]
+
+# %% ../nbs/08a_masks.ipynb #a8964cad
+def _runs(values: torch.Tensor) -> list[tuple[int, int, int]]: # (start, end, value) of equal neighbours
+    borders = [0, *((values[1:] != values[:-1]).nonzero().flatten() + 1).tolist(), len(values)]
+    return list(zip(borders, borders[1:], values[borders[:-1]].tolist())) if len(values) else []
+
+# %% ../nbs/08a_masks.ipynb #adc544be
+def _hide(mask: torch.Tensor, hidden: Any, until: torch.Tensor, documents: torch.Tensor | None) -> None: # mask: [n, n], changed in place
+    "Hide from later queries what has gone, and one document from another."
+    n = len(until)
+    gone, apart = _runs(until), _runs(documents) if documents is not None else []
+    if len(gone) * 8 > n: mask.masked_fill_(torch.arange(n, device=mask.device)[:, None] >= until.to(mask.device)[None], hidden)
+    else:
+        for start, end, at in gone: mask[at:, start:end] = hidden
+    if len({d for _, _, d in apart}) < len(apart): mask.masked_fill_((documents[:, None] != documents[None]).to(mask.device), hidden) # one that comes back later
+    else:
+        for start, end, _ in apart: mask[end:, start:end] = hidden
+
+# %% ../nbs/08a_masks.ipynb #d690e929
+def _dense(until: torch.Tensor, sizes: Sequence[int], documents: torch.Tensor | None, window: int | None, dtype: torch.dtype, device: Any) -> torch.Tensor: # [rows, 1, n, n]
+    n, hidden = until.shape[1], False if dtype == torch.bool else torch.finfo(dtype).min
+    out = torch.full((len(until), 1, n, n), dtype == torch.bool or hidden, dtype=dtype, device=device)
+    out.tril_() if dtype == torch.bool else out.triu_(1)
+    for i, size in enumerate(sizes):
+        row = out[i, 0]
+        _hide(row[:size, :size], hidden, until[i, :size], None if documents is None else documents[i, :size])
+        if window is not None: row.masked_fill_(torch.ones(n, n, dtype=torch.bool, device=device).tril_(-window), hidden)
+        row[size:, :] = hidden # what fills up sees itself only
+        row[size:].diagonal(size).fill_(dtype == torch.bool)
+    return out
+
+# %% ../nbs/08a_masks.ipynb #23dfd7da
+def _flex(until: torch.Tensor, sizes: Sequence[int], documents: torch.Tensor | None, window: int | None, device: Any) -> Any: # a BlockMask
+    from torch.nn.attention.flex_attention import create_block_mask
+    rows, n = until.shape
+    numbers = torch.zeros_like(until) if documents is None else documents.clone()
+    for i, size in enumerate(sizes): numbers[i, size:] = numbers.max() + 1 + torch.arange(n - size)
+    until, numbers = until.to(device), numbers.to(device)
+    def seen(b, h, q, k):
+        allowed = (k <= q) & (q < until[b, k]) & (numbers[b, q] == numbers[b, k])
+        return allowed if window is None else allowed & (q - k < window)
+    return create_block_mask(seen, rows, None, n, n, device=device or "cpu")
+
+# %% ../nbs/08a_masks.ipynb #a2cf9d74
+def memento_mask(
+    visible_until: Any, # [n] or [rows, n], or columns of several lengths, as `visible_until` gives them
+    *,
+    document_ids: Any = None, # as `visible_until`: tokens of different numbers do not see each other
+    window: int | None = None, # a query sees no further back than window - 1 tokens; None: no limit
+    format: str = "additive", # "additive" (0 and the smallest number), "bool" (True: seen) or "flex" (a BlockMask)
+    dtype: torch.dtype | None = None, # of an additive mask; None: float32. Give that of the model
+    device: Any = None, # where it goes; None: the CPU
+) -> Any: # [rows, 1, n, n], or a BlockMask
+    "The attention mask of Memento: a key is seen until its block has gone (microsoft/memento, paper section 4 and A.2.1)."
+    if format not in ("additive", "bool", "flex"): raise ValueError(f"format={format!r} is unknown; choose additive, bool or flex")
+    if window is not None and window < 1: raise ValueError(f"window={window}: a query has to see itself, so it is 1 or more")
+    if dtype is not None and (format != "additive" or not dtype.is_floating_point): raise ValueError(f"dtype={dtype} with format={format!r}: only an additive mask has one, and it is a floating-point type")
+    until, sizes = _rectangle(visible_until)
+    documents = None if document_ids is None else _document_rows(document_ids, sizes)
+    if format == "flex": return _flex(until, sizes, documents, window, device)
+    return _dense(until, sizes, documents, window, torch.bool if format == "bool" else dtype or torch.float32, device)
+
+# %% ../nbs/08a_masks.ipynb #43c19e2b
+def _document_rows(document_ids: Any, sizes: Sequence[int]) -> torch.Tensor: # int64 [rows, n]
+    "Document numbers as a rectangle; ValueError if they do not fit the columns."
+    rows = list(document_ids) if len(document_ids) and np.ndim(document_ids[0]) else [document_ids]
+    rows = [torch.as_tensor(r).long().cpu() for r in rows]
+    if (got := [len(r) for r in rows]) != list(sizes): raise ValueError(f"document_ids have {got} tokens a row, and the columns {list(sizes)}")
+    return torch.stack([torch.cat([r, r.new_full((max(sizes) - len(r),), -1)]) for r in rows])
+
+# %% ../nbs/08a_masks.ipynb #386640ac
+def _text_config(model: Any) -> PretrainedConfig:
+    "The configuration of a model, or of what it writes with."
+    config = model if isinstance(model, PretrainedConfig) else model.config
+    return config.get_text_config()
+
+def _layer_kinds(config: PretrainedConfig) -> list[str]: return sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
+
+# %% ../nbs/08a_masks.ipynb #f22b5c2a
+def model_masks(
+    model: Any, # a causal language model of transformers, or its configuration
+    visible_until: Any, # as for `memento_mask`
+    **kwargs: Any, # document_ids, format, dtype, device
+) -> Any: # what the model takes as `attention_mask`: a mask, or a dictionary with one for each kind of layer
+    "The Memento mask in the form that a model takes; ValueError for layers that cannot have one."
+    config = _text_config(model)
+    kinds = _layer_kinds(config)
+    if strange := set(kinds) - {"full_attention", "sliding_attention"}: raise ValueError(f"layers of the kind {', '.join(sorted(strange))} have no mask by which a block could leave")
+    windows = {k: config.sliding_window if k == "sliding_attention" else None for k in kinds}
+    if kinds == ["full_attention"]: return memento_mask(visible_until, **kwargs)
+    return {k: memento_mask(visible_until, window=w, **kwargs) for k, w in windows.items()}
+
+# %% ../nbs/08a_masks.ipynb #502e8f58
+def _check_dense(mask: torch.Tensor, implementation: str) -> None:
+    "ValueError for a dense mask that an attention implementation misunderstands."
+    if implementation == "flex_attention": raise ValueError("flex attention takes no dense mask (on a CPU it brings the interpreter down): use memento_mask(..., format='flex')")
+    if mask.dim() != 4: raise ValueError(f"a mask of {mask.dim()} dimensions; use memento_mask, which gives [rows, 1, queries, keys]")
+    if mask.dtype == torch.bool and implementation == "eager": raise ValueError("eager attention adds a boolean mask as zeros and ones, and hides nothing: use memento_mask(..., format='additive')")
+    if mask.dtype != torch.bool and not mask.is_floating_point(): raise ValueError(f"a mask of {mask.dtype} is added to the scores as it is: use memento_mask(..., format='additive')")
+    if mask.is_floating_point() and (mask > 0).any(): raise ValueError("a mask with numbers above 0 is added to the scores, so a mask of zeros and ones hides nothing: use memento_mask(..., format='additive')")
+
+# %% ../nbs/08a_masks.ipynb #d55c0be4
+def _check_positions(mask: Any, position_ids: Any) -> None:
+    "ValueError for positions that a model would take for something else."
+    if position_ids is None: return
+    steps = torch.as_tensor(position_ids).diff(dim=-1)
+    if mask is None and ((steps != 1) & (torch.as_tensor(position_ids)[..., 1:] != 0)).any(): raise ValueError("positions with gaps and without a mask are taken for packed documents: give the mask that model_masks makes")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and (steps < 1).any() and mask.bool().all(): raise ValueError("an attention_mask of ones beside positions that begin anew switches the separation of packed documents off: leave attention_mask out, or give the mask that model_masks makes")
+
+# %% ../nbs/08a_masks.ipynb #2bc639e9
+def check_attention_mask(
+    model: Any, # a causal language model of transformers
+    attention_mask: Any, # what it is to be given: None, a tensor, a dictionary by kind of layer, or a BlockMask
+    position_ids: Any = None, # beside it: [rows, n]
+) -> Any: # the mask
+    "A mask as it is, if the model takes it for what it says; ValueError with what to use otherwise."
+    implementation, kinds = str(_text_config(model)._attn_implementation), _layer_kinds(_text_config(model))
+    _check_positions(attention_mask, position_ids)
+    if isinstance(attention_mask, Mapping) and set(attention_mask) != set(kinds): raise ValueError(f"the model has layers of the kinds {', '.join(kinds)}, and the masks are for {', '.join(attention_mask)}: use model_masks(model, ...)")
+    plain = attention_mask is None or isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 # padding only
+    if not plain and not isinstance(attention_mask, Mapping) and len(kinds) > 1: raise ValueError(f"one mask would be used on all layers, and this model has {', '.join(kinds)}: use model_masks(model, ...)")
+    if not plain and "flash" in implementation: raise ValueError(f"{implementation} cannot express this mask: load the model with attn_implementation='sdpa'")
+    for mask in () if plain else attention_mask.values() if isinstance(attention_mask, Mapping) else (attention_mask,):
+        if isinstance(mask, torch.Tensor): _check_dense(mask, implementation)
+        elif implementation != "flex_attention": raise ValueError(f"{implementation} attention takes no {type(mask).__name__}: use memento_mask(..., format='additive'), or load the model with attn_implementation='flex_attention'")
+        elif model.training and model.device.type == "cpu": raise ValueError("flex attention has no backward pass on a CPU: load the model with attn_implementation='sdpa'")
+    return attention_mask

@@ -139,11 +139,12 @@ def _check_turn(messages: Sequence[Mapping], i: int, found: Rendered) -> None:
     if messages[i].get("tool_calls") and not any(s.message == i and s.field == "tool_calls" and p for s, p in zip(found.segments, found.places)): raise Unverified("tool_calls_unplaced", f"message {i}: its tool calls are dropped or cannot be marked, so the end of the turn cannot be proven")
     if not _own(found, i) and _says(messages[i]): raise Unverified("dropped_by_template", f"message {i} has text, but the template renders nothing of it (templates of models with images want a list of parts: [{{'type': 'text', 'text': …}}])")
 
-# %% ../nbs/09_masking.ipynb #05aff160
+# %% ../nbs/09_masking.ipynb #1ae4b2d3
 def _lost(messages: Sequence[Mapping], found: Rendered, trained: Mapping, regions: Sequence[Region]) -> Iterator[str]:
     "What the template dropped of the trained messages, or says is not the assistant's."
     gone = {(s.message, _field_of(messages, s)) for s, p in zip(found.segments, found.places) if not p}
     yield from (f"message {i}: the template drops its {field}" for i, field in sorted(gone) if i in trained)
+    yield from (f"message {i}: nothing of it follows its generation prompt" for i, (_, t) in trained.items() if t and t.start == t.close)
     if found.tags is not None: yield from (f"message {i}: the template's generation tags leave it out" for i in sorted(set(trained) - {r.message for r in regions}))
 
 # %% ../nbs/09_masking.ipynb #ab503062
