@@ -405,15 +405,15 @@ def join_visible_until(
     numbers = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts], dtype=torch.long))
     return torch.cat([p.clamp(max=len(p)) + s for p, s in zip(parts, starts)] or [torch.zeros(0, dtype=torch.long)]), numbers
 
-# %% ../nbs/08a_masks.ipynb #6797658c
-def _rectangle(visible_until: Any) -> tuple[torch.Tensor, list[int]]: # int64 [rows, n], and how many tokens of each row are real
+# %% ../nbs/08a_masks.ipynb #0dcb2771
+def _rectangle(visible_until: Any, pad_to: int | None = None) -> tuple[torch.Tensor, list[int]]: # int64 [rows, n], and how many tokens of each row are real
     "Columns as a rectangle; ValueError if one cannot be a column."
     one = isinstance(visible_until, torch.Tensor) and visible_until.dim() == 2
     columns = list(visible_until) if one or not isinstance(visible_until, torch.Tensor) and len(visible_until) and np.ndim(visible_until[0]) else [visible_until]
     columns = [torch.as_tensor(c).long().cpu() for c in columns]
     for i, c in enumerate(columns):
         if (c <= torch.arange(len(c))).any(): raise ValueError(f"row {i}: token {int((c <= torch.arange(len(c))).nonzero()[0])} could not see itself; give what `visible_until` returns")
-    n = max(map(len, columns), default=0)
+    n = max([pad_to or 0, *map(len, columns)])
     return torch.stack([torch.cat([c.clamp(max=len(c)), torch.arange(len(c), n) + 1]) for c in columns]), [len(c) for c in columns]
 
 # %% ../nbs/08a_masks.ipynb #a8964cad
@@ -458,12 +458,13 @@ def _flex(until: torch.Tensor, sizes: Sequence[int], documents: torch.Tensor | N
         return allowed if window is None else allowed & (q - k < window)
     return create_block_mask(seen, rows, None, n, n, device=device or "cpu")
 
-# %% ../nbs/08a_masks.ipynb #a2cf9d74
+# %% ../nbs/08a_masks.ipynb #d6da039e
 def memento_mask(
     visible_until: Any, # [n] or [rows, n], or columns of several lengths, as `visible_until` gives them
     *,
     document_ids: Any = None, # as `visible_until`: tokens of different numbers do not see each other
     window: int | None = None, # a query sees no further back than window - 1 tokens; None: no limit
+    pad_to: int | None = None, # fill rows up to so many tokens; None: to the longest
     format: str = "additive", # "additive" (0 and the smallest number), "bool" (True: seen) or "flex" (a BlockMask)
     dtype: torch.dtype | None = None, # of an additive mask; None: float32. Give that of the model
     device: Any = None, # where it goes; None: the CPU
@@ -472,18 +473,18 @@ def memento_mask(
     if format not in ("additive", "bool", "flex"): raise ValueError(f"format={format!r} is unknown; choose additive, bool or flex")
     if window is not None and window < 1: raise ValueError(f"window={window}: a query has to see itself, so it is 1 or more")
     if dtype is not None and (format != "additive" or not dtype.is_floating_point): raise ValueError(f"dtype={dtype} with format={format!r}: only an additive mask has one, and it is a floating-point type")
-    until, sizes = _rectangle(visible_until)
-    documents = None if document_ids is None else _document_rows(document_ids, sizes)
+    until, sizes = _rectangle(visible_until, pad_to)
+    documents = None if document_ids is None else _document_rows(document_ids, sizes, until.shape[1])
     if format == "flex": return _flex(until, sizes, documents, window, device)
     return _dense(until, sizes, documents, window, torch.bool if format == "bool" else dtype or torch.float32, device)
 
-# %% ../nbs/08a_masks.ipynb #43c19e2b
-def _document_rows(document_ids: Any, sizes: Sequence[int]) -> torch.Tensor: # int64 [rows, n]
+# %% ../nbs/08a_masks.ipynb #514a54bb
+def _document_rows(document_ids: Any, sizes: Sequence[int], n: int) -> torch.Tensor: # int64 [rows, n]
     "Document numbers as a rectangle; ValueError if they do not fit the columns."
     rows = list(document_ids) if len(document_ids) and np.ndim(document_ids[0]) else [document_ids]
     rows = [torch.as_tensor(r).long().cpu() for r in rows]
     if (got := [len(r) for r in rows]) != list(sizes): raise ValueError(f"document_ids have {got} tokens a row, and the columns {list(sizes)}")
-    return torch.stack([torch.cat([r, r.new_full((max(sizes) - len(r),), -1)]) for r in rows])
+    return torch.stack([torch.cat([r, r.new_full((n - len(r),), -1)]) for r in rows])
 
 # %% ../nbs/08a_masks.ipynb #386640ac
 def _text_config(model: Any) -> PretrainedConfig:
@@ -493,11 +494,11 @@ def _text_config(model: Any) -> PretrainedConfig:
 
 def _layer_kinds(config: PretrainedConfig) -> list[str]: return sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
 
-# %% ../nbs/08a_masks.ipynb #f22b5c2a
+# %% ../nbs/08a_masks.ipynb #37596beb
 def model_masks(
     model: Any, # a causal language model of transformers, or its configuration
     visible_until: Any, # as for `memento_mask`
-    **kwargs: Any, # document_ids, format, dtype, device
+    **kwargs: Any, # document_ids, pad_to, format, dtype, device
 ) -> Any: # what the model takes as `attention_mask`: a mask, or a dictionary with one for each kind of layer
     "The Memento mask in the form that a model takes; ValueError for layers that cannot have one."
     config = _text_config(model)

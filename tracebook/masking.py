@@ -36,7 +36,7 @@ from .tokens import _encode, _tokenizer, _untrimmed, tokenizer_hash, tokenizer_n
 from .templates import _REASONING, Ends, Rendered, Turn, Unverified, _common, _field_of, _fields, _own, _pieces, _template, _Template
 
 # %% auto #0
-__all__ = ['TRAINED_ROLES', 'PROBES', 'Region', 'ChatEncoding', 'tokenize_chat', 'truncate', 'Ledger', 'tokenize_chats', 'TemplateReport', 'check_template', 'PROBLEMS', 'Problem', 'verify', 'MaskStats', 'mask_stats', 'MaskRun', 'MaskDiff', 'diff_masks', 'pack', 'collate', 'JoinedSample', 'Drift', 'drift', 'join_sampled', 'tokenize_for_trainer', 'tokenize_for_trainer_multistep', 'decode_token_ids', 'TrainingExample', 'save_examples', 'load_examples', 'ExampleTokenizer', 'context_frozen_loss', 'KINDS', 'to_chat', 'tokenize_completion', 'SftLedger', 'prepare_sft']
+__all__ = ['TRAINED_ROLES', 'PROBES', 'Region', 'ChatEncoding', 'tokenize_chat', 'truncate', 'Ledger', 'tokenize_chats', 'TemplateReport', 'check_template', 'PROBLEMS', 'Problem', 'verify', 'MaskStats', 'mask_stats', 'MaskRun', 'MaskDiff', 'diff_masks', 'pack', 'collate', 'JoinedSample', 'Drift', 'drift', 'join_sampled', 'tokenize_for_trainer', 'tokenize_for_trainer_multistep', 'decode_token_ids', 'TrainingExample', 'save_examples', 'load_examples', 'ExampleTokenizer', 'context_frozen_loss', 'KINDS', 'to_chat', 'tokenize_completion', 'SftLedger', 'prepare_sft', 'MementoCollator']
 
 # %% ../nbs/09_masking.ipynb #884f7d0c
 TRAINED_ROLES = ("assistant", "agent") # who is trained
@@ -819,8 +819,8 @@ import heapq
 
 import pyarrow.compute as pc
 
-# %% ../nbs/09b_batches.ipynb #17c1a6d5
-_PER_TOKEN = ("input_ids", "labels", "assistant_masks", "loss_weights", "position_ids", "attention_mask") # columns with one entry for each token
+# %% ../nbs/09b_batches.ipynb #6f029c2c
+_PER_TOKEN = ("input_ids", "labels", "assistant_masks", "loss_weights", "position_ids", "attention_mask", "visible_until") # columns with one entry for each token
 
 class _Column(NamedTuple):
     "A column of lists, laid end to end."
@@ -1259,7 +1259,7 @@ def _gather(lengths: np.ndarray, order: np.ndarray) -> np.ndarray: # int64 [entr
 # %% ../nbs/09b_batches.ipynb #930e5717
 def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.Array: return pa.ListArray.from_arrays(pa.array(_heads(lengths), pa.int32()), pa.array(values)) # refuses what 32 bits cannot count
 
-# %% ../nbs/09b_batches.ipynb #ac617eb6
+# %% ../nbs/09b_batches.ipynb #341b47ee
 def _packed_lists(columns: Mapping[str, _Column], bins: np.ndarray) -> dict[str, pa.Array]:
     "The columns of packed rows."
     lengths, begins = columns["input_ids"].lengths, np.flatnonzero(_documents(columns))
@@ -1272,17 +1272,20 @@ def _packed_lists(columns: Mapping[str, _Column], bins: np.ndarray) -> dict[str,
     first[heads[:-1]] = True
     flat = dict(input_ids=columns["input_ids"].values[take], labels=np.where(first, -100, columns["labels"].values[take]))
     flat |= dict(assistant_masks=(flat["labels"] != -100).astype(np.int8), position_ids=np.arange(len(take)) - np.repeat(heads[:-1], sizes))
+    if "visible_until" in columns: # counted from the start of a row
+        moved = heads[:-1] - np.repeat(_heads(tokens)[:-1], n) - (begins - _heads(lengths)[owner])[order]
+        flat["visible_until"] = columns["visible_until"].values[take] + np.repeat(moved, sizes)
     if "loss_weights" in columns and not np.isin(columns["loss_weights"].values, (0, 1)).all(): flat["loss_weights"] = np.where(flat["labels"] == -100, 0, columns["loss_weights"].values[take])
     return {k: _list_array(v, tokens) for k, v in flat.items()} | dict(seq_lengths=_list_array(sizes, n), cu_seqlens=_list_array(_running(_Column(sizes, n)).values.astype(np.int32), n + 1), rows=_list_array(owner[order], n))
 
-# %% ../nbs/09b_batches.ipynb #c8d7a59e
+# %% ../nbs/09b_batches.ipynb #648af404
 def pack(
     examples: Any, # a `Dataset` of `tokenize_chats`, or a list of encodings or rows
     max_length: int, # tokens of a packed row, at most
     strategy: str = "ffd", # "ffd": the first row with room; "bfd": the fullest row with room
-) -> Dataset: # input_ids, labels, assistant_masks, position_ids, seq_lengths, cu_seqlens, rows (the examples), and loss_weights if some are not 0 or 1
+) -> Dataset: # input_ids, labels, assistant_masks, position_ids, seq_lengths, cu_seqlens, rows (the examples), loss_weights if some are not 0 or 1, and visible_until if the examples have it
     "Lay examples into rows, the longest first; ValueError naming an example that is empty or too long."
-    columns = _columns(examples, (*_PER_TOKEN[:5], "seq_lengths"))
+    columns = _columns(examples, (*_PER_TOKEN[:5], "visible_until", "seq_lengths"))
     aside, *_ = _aligned(columns)
     if aside: raise ValueError(str(aside[0]))
     out = Dataset.from_dict(_packed_lists(columns, _bins(columns["input_ids"].lengths, max_length, strategy)))
@@ -2297,3 +2300,45 @@ def _prepare(template: _Template, rows: Any, options: _Sft, added: Sequence[str]
     else: data = done(Dataset(pa.concat_tables([schema.empty_table(), *tables])))
     data.ledger, data.tokenizer = ledger, template.tokenizer
     return data
+
+# %% ../nbs/09e_stages.ipynb #f51f58d2
+from .attention import check_attention_mask, model_masks
+
+# %% ../nbs/09e_stages.ipynb #4f61167c
+def _documents_of(row: Mapping) -> list[int]: # one number a token
+    "Which document of a row each token belongs to."
+    sizes = row["seq_lengths"] if "seq_lengths" in row.keys() else [len(row["input_ids"])]
+    return np.repeat(np.arange(len(sizes)), sizes).tolist()
+
+def _mask_format(model: Any) -> dict: # for `model_masks`
+    "The form of a mask that a model takes."
+    flex = "flex" in str(model.config.get_text_config()._attn_implementation)
+    return dict(format="flex") if flex else dict(format="additive", dtype=model.dtype)
+
+# %% ../nbs/09e_stages.ipynb #726233c0
+@dataclass
+class MementoCollator:
+    "Batches for training under Memento attention, for the trainers of transformers and TRL."
+    model: Any # the model that is trained: its attention decides on the form of the mask
+    stage: int = 2 # 1: full attention, 2: blocks leave with their mementos
+    pad_token_id: int = 0 # not trained, and seen by nobody
+    pad_to_multiple_of: int | None = None # for the width of a batch
+
+    def __post_init__(self):
+        if self.stage not in (1, 2): raise ValueError(f"stage={self.stage!r}; 1 is full attention, 2 hides blocks")
+
+# %% ../nbs/09e_stages.ipynb #6b75433a
+@patch
+def __call__(self: MementoCollator,
+    examples: Sequence[Mapping], # rows of `prepare_sft` with visible_until, or of `pack`
+) -> dict[str, Any]: # input_ids, labels, position_ids [rows, width] and attention_mask: [rows, 1, width, width], a dictionary of them, or a BlockMask
+    "A batch with its mask; ValueError for rows without the column, or a mask that the model would misread."
+    batch = collate(examples, self.pad_to_multiple_of, pad_token_id=self.pad_token_id)
+    if self.stage == 2:
+        for i, e in enumerate(examples):
+            if "visible_until" not in e.keys(): raise ValueError(f"row {i} has no visible_until; prepare_sft(..., visible_until=True) makes it, and a trainer needs remove_unused_columns=False to keep it")
+        columns, documents = [torch.tensor(e["visible_until"]) for e in examples], [_documents_of(e) for e in examples]
+        masks = model_masks(self.model, columns, document_ids=documents, pad_to=batch["input_ids"].shape[1], **_mask_format(self.model))
+        batch |= dict(attention_mask=masks, use_cache=False)
+    check_attention_mask(self.model, batch.get("attention_mask"), batch["position_ids"])
+    return batch
