@@ -286,6 +286,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tracebook.masking._coded': ('masking.html#_coded', 'tracebook/masking.py'),
                                    'tracebook.masking._columns': ('batches.html#_columns', 'tracebook/masking.py'),
                                    'tracebook.masking._comes_again': ('batches.html#_comes_again', 'tracebook/masking.py'),
+                                   'tracebook.masking._console': ('masking.html#_console', 'tracebook/masking.py'),
                                    'tracebook.masking._continued': ('sft.html#_continued', 'tracebook/masking.py'),
                                    'tracebook.masking._cut_to': ('sft.html#_cut_to', 'tracebook/masking.py'),
                                    'tracebook.masking._dataset': ('masking.html#_dataset', 'tracebook/masking.py'),
