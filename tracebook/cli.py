@@ -23,7 +23,7 @@ from . import __version__
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/16_cli.ipynb #4a280bc2
+# %% ../nbs/16_cli.ipynb #7d81f22c
 _SOURCE_HELP = """file (.jsonl, .json, .parquet, .arrow; .gz of the first two), folder, quoted pattern, text file (.txt, .md) with one response,
 a data set on the Hugging Face hub such as microsoft/OpenMementos, or - for standard input (JSON Lines or one response)"""
 
@@ -40,6 +40,10 @@ def _table_file(text: str) -> str:
 def _natural(text: str) -> int:
     if not (text.isascii() and text.isdigit()): raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
+
+def _positive(text: str) -> int:
+    if (n := _natural(text)) < 1: raise argparse.ArgumentTypeError("it is 1 or more")
+    return n
 
 def _keep(text: str) -> int: return -1 if text == "-1" else _natural(text)
 
@@ -111,7 +115,7 @@ def _add_template(commands: Any) -> None:
     p.add_argument("--chat-template", metavar="FILE", help="a file with a template to use instead of the tokenizer's")
     p.add_argument("--json", action="store_true", help="print JSON for machines")
 
-# %% ../nbs/16_cli.ipynb #6607104b
+# %% ../nbs/16_cli.ipynb #94d53d5a
 def _add_sft(commands: Any, common: list) -> None:
     p = commands.add_parser("sft", parents=common, help="make training data for fine-tuning", description="Ids and labels for supervised fine-tuning: the problem is the prompt and is not trained, the response is taken as it stands. Says what was trained, and which rows could not be used.",
         epilog="Example: tracebook sft microsoft/OpenMementos --tokenizer Qwen/Qwen3-8B --visible-until --out sft")
@@ -121,7 +125,7 @@ def _add_sft(commands: Any, common: list) -> None:
     p.add_argument("--weights", type=_weights, metavar="KIND=W,…", help="weights of block, memento, answer and other text in the loss, such as block=0,memento=1 (default: 1 for all)")
     p.add_argument("--visible-until", action="store_true", help="add the column from which Memento's attention masks follow")
     p.add_argument("--policy", choices=_PRESETS, help="when blocks go, for that column; implies --visible-until (default: qwen3)")
-    p.add_argument("--max-length", type=_natural, metavar="N", help="at most N tokens a row (default: no limit)")
+    p.add_argument("--max-length", type=_positive, metavar="N", help="at most N tokens a row (default: no limit)")
     p.add_argument("--truncation", choices=("error", "left", "right"), default="error", help="what to do with longer rows (default: error)")
     p.add_argument("--think", choices=("keep", "template"), default="keep", help="keep: the response as it stands; template: as the chat template writes it (default: keep)")
     p.add_argument("--chat-template", metavar="FILE", help="a file with a template to use instead of the tokenizer's")
@@ -398,21 +402,22 @@ def _ledger_rows(ledger: dict) -> list[list]:
     trained = [["tokens trained", ledger["trained"], share(ledger["trained"])], *([f"  {k}", n, share(n)] for k, n in sorted(ledger["by_field"].items(), key=lambda x: -x[1]))]
     return rows[:2] + [r for r in rows[2:] if r[1]] + [["tokens", ledger["tokens"], None], *trained]
 
-# %% ../nbs/16_cli.ipynb #3c7b6b4e
+# %% ../nbs/16_cli.ipynb #540f2da2
 def _file_text(name: str | None) -> str | None:
     "The text of a file; None for None."
     if name is None: return None
     try: return Path(name).read_text(encoding="utf-8")
+    except OSError as e: raise ValueError(f"{name} cannot be read ({e.strerror})") from None
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (at byte {e.start})") from None
 
-# %% ../nbs/16_cli.ipynb #66b74af1
+# %% ../nbs/16_cli.ipynb #a62ae2bb
 def _sft(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.masking import prepare_sft
     from tracebook.tokens import load_tokenizer
     from tracebook.trace import _count, visible
     tokenizer, template = load_tokenizer(args.tokenizer), _file_text(args.chat_template)
-    data = prepare_sft(_open(args), tokenizer, out=args.out, format=args.format, think=args.think, weights=args.weights, visible_until=args.visible_until or args.policy is not None, policy=args.policy or "qwen3",
+    data = prepare_sft(_open(args), tokenizer, out=args.out, format=args.format, think=args.think, weights=args.weights, visible_until=args.visible_until, policy=args.policy,
         max_length=args.max_length, truncation=args.truncation, chat_template=template, on_bad="skip" if args.skip_bad else "error")
     about = json.loads(data.info.description)
     if args.json: return print(json.dumps(dict(path=str(Path(args.out).resolve()), rows=len(data), columns=data.column_names) | about))
@@ -424,10 +429,11 @@ def _sft(args: argparse.Namespace) -> None:
     if about["added_tokens"]: print(f"The tokenizer has {_count(len(about['added_tokens']), 'new token')}; tracebook.tokens.add_memento_tokens(tokenizer, model) makes rows for them.")
     print(visible(str(Path(args.out).resolve())))
 
-# %% ../nbs/16_cli.ipynb #605aeb3e
+# %% ../nbs/16_cli.ipynb #75c395d2
 def _template(args: argparse.Namespace) -> None:
     from tracebook.masking import check_template
     from tracebook.tokens import load_tokenizer
     from tracebook.trace import visible
     report = check_template(load_tokenizer(args.name), _file_text(args.chat_template))
+    if not any(p["verified"] for p in report.probes.values()): raise ValueError(report.probes["plain"]["message"])
     print(json.dumps(report.to_dict()) if args.json else visible(repr(report)))

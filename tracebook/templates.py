@@ -107,7 +107,7 @@ def message(self: _Marker, m: Mapping, i: int, calls: bool = True) -> dict:
     if m.get("tool_calls") and calls: m["tool_calls"] = [self.call(c, i) for c in m["tool_calls"]]
     return m
 
-# %% ../nbs/08b_templates.ipynb #5024c4e0
+# %% ../nbs/08b_templates.ipynb #f14de0bb
 class Rendered(NamedTuple):
     "A rendered chat, and where the marked pieces stand in it."
     text: str # without marks
@@ -117,14 +117,14 @@ class Rendered(NamedTuple):
     own: dict[int, list[tuple[int, int, int]]] # message -> (start, end, number of the segment), in the order of the text
     tags: list[tuple[int, int]] | None = None # (start, end) of what the template's generation tags enclose; None: it has none
 
-# %% ../nbs/08b_templates.ipynb #5906dc41
+# %% ../nbs/08b_templates.ipynb #27129642
 def _rendered(text: str, segments: list[Segment], places: list[list[tuple[int, int]]], scaffolds: list[str], tags: list[tuple[int, int]] | None = None) -> Rendered:
     own: dict[int, list] = {}
     for k, (s, ps) in enumerate(zip(segments, places)):
         for a, b in ps: own.setdefault(s.message, []).append((a, b, k))
     return Rendered(text, segments, places, scaffolds, {i: sorted(v) for i, v in own.items()}, tags)
 
-# %% ../nbs/08b_templates.ipynb #92662914
+# %% ../nbs/08b_templates.ipynb #a22b69fc
 def _read_marks(marker: _Marker, marked: str, tags: list[tuple[int, int]] | None = None) -> Rendered:
     "Take the marks out and note their places."
     places, open_, between, marks, at, size = [[] for _ in marker.segments], {}, [], [], 0, 0
@@ -141,7 +141,12 @@ def _read_marks(marker: _Marker, marked: str, tags: list[tuple[int, int]] | None
     unmarked = lambda place: place - bisect_left(marks, place)
     return _rendered("".join(between), marker.segments, places, between[::2], tags and [(unmarked(a), unmarked(b)) for a, b in tags])
 
-# %% ../nbs/08b_templates.ipynb #3353da10
+# %% ../nbs/08b_templates.ipynb #e29cf47c
+_OURS = ("train", "weight", "spans")
+
+def _theirs(messages: Sequence[Mapping]) -> list[dict]: return [{k: v for k, v in m.items() if k not in _OURS} for m in messages]
+
+# %% ../nbs/08b_templates.ipynb #ef29fe3d
 class _Template:
     "A tokenizer with its template, tools and arguments."
     def __init__(self, tokenizer: Any, tools: list | None = None, chat_template: str | None = None, kwargs: dict | None = None):
@@ -157,21 +162,21 @@ class _Template:
     def fingerprint(self) -> str: return tokenizer_hash(self.tokenizer) # takes a tenth of a second
 
     def render(self, messages: Sequence[Mapping], prompt: bool = False) -> str:
-        try: return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt, **self.kwargs)
+        try: return self.tokenizer.apply_chat_template(_theirs(messages), tools=self.tools, chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt, **self.kwargs)
         except Exception as e: raise Unverified("template_raises", f"the template does not take this chat ({type(e).__name__}: {e})") from e # templates raise whatever they like
 
-# %% ../nbs/08b_templates.ipynb #5c1693c6
+# %% ../nbs/08b_templates.ipynb #c6d2cb9a
 @patch
 def with_tags(self: _Template, messages: Sequence[Mapping]) -> tuple[str, list[tuple[int, int]] | None]:
     "A chat as text, and what generation tags enclose; None if the template has no such tags."
     if not self.tagged: return self.render(messages), None
     from transformers.utils.chat_template_utils import render_jinja_template
-    chat = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    chat = [{k: v for k, v in m.items() if v is not None} for m in _theirs(messages)]
     try: texts, tags = render_jinja_template([chat], tools=self.tools, chat_template=self.source, return_assistant_tokens_mask=True, **{**self.tokenizer.special_tokens_map, **self.kwargs})
     except Exception as e: raise Unverified("template_raises", f"the template does not take this chat ({type(e).__name__}: {e})") from e
     return texts[0], [tuple(t) for t in tags[0]]
 
-# %% ../nbs/08b_templates.ipynb #689546fc
+# %% ../nbs/08b_templates.ipynb #b90a78c6
 @patch
 def marked(self: _Template, messages: Sequence[Mapping], dummy: bool = False) -> Rendered:
     "A chat rendered with marks, checked against the plain rendering; Unverified if they differ."
@@ -186,7 +191,7 @@ def marked(self: _Template, messages: Sequence[Mapping], dummy: bool = False) ->
         if dummy or found.text == text: return found
     raise Unverified("marks_change_text", "the template renders marked messages in another way, so their places cannot be proven")
 
-# %% ../nbs/08b_templates.ipynb #528b224a
+# %% ../nbs/08b_templates.ipynb #92d3473a
 _TEMPLATES: WeakKeyDictionary = WeakKeyDictionary() # tokenizer -> what is known of its templates
 
 def _template(tokenizer: Any, tools: list | None = None, chat_template: str | None = None, kwargs: dict | None = None) -> _Template:
@@ -198,7 +203,7 @@ def _template(tokenizer: Any, tools: list | None = None, chat_template: str | No
     if key not in known: known[key] = _Template(tokenizer, tools, chat_template, kwargs)
     return known[key]
 
-# %% ../nbs/08b_templates.ipynb #8c116ec8
+# %% ../nbs/08b_templates.ipynb #6f7b9cc1
 class Ends(NamedTuple):
     "How a template ends an assistant's turn."
     close: str # what ends every turn, through its last special token; "": there is nothing in common
@@ -211,7 +216,7 @@ def _common(a: str, b: str, special: re.Pattern) -> int:
     n = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return min([n, *(m.start() for t in (a, b) for m in special.finditer(t) if m.start() < n < m.end())])
 
-# %% ../nbs/08b_templates.ipynb #e493c34f
+# %% ../nbs/08b_templates.ipynb #b43d0c7c
 _PROBE_CONTENTS = (lambda text: text, lambda text: [dict(type="text", text=text)]) # templates of models with images want parts
 
 @patch
@@ -220,10 +225,11 @@ def ends(self: _Template) -> Ends:
     if "ends" in self.cache: return self.cache["ends"]
     for content in _PROBE_CONTENTS:
         user, assistant = (dict(role=r, content=content("x")) for r in ("user", "assistant"))
+        why = ""
         try: one, two = (self.marked(c, dummy=True) for c in ([user, assistant], [user, assistant, user, assistant]))
-        except Unverified: continue
+        except Unverified as e: why = f" ({e.message})"; continue
         if all(one.places) and all(two.places): break
-    else: raise Unverified("no_probe", "the template does not render a plain chat of a user and an assistant")
+    else: raise Unverified("no_probe", f"the template does not render a plain chat of a user and an assistant{why}")
     last, earlier = one.scaffolds[2], two.scaffolds[2]
     common = last[:_common(last, earlier, self.special)]
     cut = max((m.end() for m in self.special.finditer(common)), default=0)
@@ -232,7 +238,7 @@ def ends(self: _Template) -> Ends:
     self.cache["ends"] = Ends(common[:cut], common[cut:], first[0] if first else "", nxt[0] if nxt else "")
     return self.cache["ends"]
 
-# %% ../nbs/08b_templates.ipynb #cd0fa0ef
+# %% ../nbs/08b_templates.ipynb #7ee9fd5b
 class Turn(NamedTuple):
     "Where a turn of the assistant lies in a rendered chat."
     header: int # where the generation prompt begins
@@ -241,7 +247,7 @@ class Turn(NamedTuple):
     close: int # where it ends
     trail: int # where the text that always follows ends
 
-# %% ../nbs/08b_templates.ipynb #c329fbd3
+# %% ../nbs/08b_templates.ipynb #2bcb7f8e
 def _own(found: Rendered, i: int) -> list[tuple[int, int, int]]: return found.own.get(i, [])
 def _end_of_words(messages: Sequence[Mapping], i: int, found: Rendered, start: int) -> int:
     "Where the words of a turn end: after its last piece, and the tags that its content ends with."
@@ -252,7 +258,7 @@ def _end_of_words(messages: Sequence[Mapping], i: int, found: Rendered, start: i
     rest = content[found.segments[k].end:].rstrip() if found.segments[k].field == "content" else ""
     return max(start, b + (len(rest) if found.text.startswith(rest, b) else 0))
 
-# %% ../nbs/08b_templates.ipynb #6a347870
+# %% ../nbs/08b_templates.ipynb #035416b8
 @patch
 def closing(self: _Template, text: str, last: int, until: int, final: bool) -> tuple[int, int, int]:
     "(body, close, trail) of a turn whose words end at `last`; the next message's begin at `until`."
@@ -274,7 +280,7 @@ def after(self: _Template, text: str, body: int, close: int) -> int:
     ends = self.ends()
     return close + len(ends.trailing) * (text[body:close] == ends.close and text.startswith(ends.trailing, close))
 
-# %% ../nbs/08b_templates.ipynb #6cddf0cc
+# %% ../nbs/08b_templates.ipynb #ebff59f4
 @patch
 def turn(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered, prompt: str) -> Turn:
     "Where message i lies in a rendering that begins with its prompt."
@@ -283,7 +289,7 @@ def turn(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered, 
     header = _common(self.render(messages[:i]) if i else "", prompt, self.special)
     return Turn(min(header, len(prompt)), len(prompt), *self.closing(found.text, last, min(later, default=len(found.text)), i == len(messages) - 1))
 
-# %% ../nbs/08b_templates.ipynb #895f51c0
+# %% ../nbs/08b_templates.ipynb #754c80d1
 @patch
 def prompt_of(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered) -> str:
     "What the model is given before it writes message i."
@@ -297,7 +303,7 @@ def prompt_of(self: _Template, messages: Sequence[Mapping], i: int, found: Rende
     head = found.text[:own[0][0]] if own else found.text
     return head[:next((head.find(usual[:n]) + n for n in range(len(usual), 0, -1) if usual[:n] in head), 0)]
 
-# %% ../nbs/08b_templates.ipynb #b44e7aae
+# %% ../nbs/08b_templates.ipynb #9ce7d084
 @patch
 def compare(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int], found: Rendered) -> dict[int, Turn | None]:
     "Where turns lie in the one rendering of a chat; None for those that read or come about differently there."
@@ -314,7 +320,7 @@ def compare(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int],
             if later.body == turn.body: out[i] = later
     return out
 
-# %% ../nbs/08b_templates.ipynb #c759bfb4
+# %% ../nbs/08b_templates.ipynb #be5bf2aa
 @patch
 def shape_of(self: _Template, messages: Sequence[Mapping]) -> list[dict]:
     "The chat with an x for every piece of text."
@@ -324,7 +330,7 @@ def shape_of(self: _Template, messages: Sequence[Mapping]) -> list[dict]:
 def _edges(found: Rendered) -> np.ndarray: # where scaffolds begin and end, in turn
     return np.array([0, *(x for p in sorted(p for ps in found.places for p in ps) for x in p), len(found.text)])
 
-# %% ../nbs/08b_templates.ipynb #4be90a18
+# %% ../nbs/08b_templates.ipynb #34d7dbac
 def _carried(turns: Mapping[int, Turn | None], short: Rendered, found: Rendered) -> dict[int, Turn | None]:
     "The turns of one rendering in another with the same scaffolds."
     a, b = _edges(short), _edges(found)
@@ -332,7 +338,7 @@ def _carried(turns: Mapping[int, Turn | None], short: Rendered, found: Rendered)
     moved = iter((at + (b - a)[np.searchsorted(a[1:-1:2], at, "left") * 2]).tolist()) # by the scaffold in which a place lies
     return {i: t and Turn(*next(moved)) for i, t in turns.items()}
 
-# %% ../nbs/08b_templates.ipynb #7df18dc5
+# %% ../nbs/08b_templates.ipynb #53519076
 @patch
 def turns(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int], found: Rendered) -> dict[int, Turn | None]:
     "Where turns lie in the one rendering of a chat; None for those that read or come about differently there."
@@ -348,7 +354,7 @@ def turns(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int], f
     short, turns = self.cache[key]
     return _carried(turns, short, found)
 
-# %% ../nbs/08b_templates.ipynb #22a27de8
+# %% ../nbs/08b_templates.ipynb #5a00a155
 def _field_of(messages: Sequence[Mapping], segment: Segment) -> str:
     "The field of a piece; content before a closing tag is reasoning."
     content = messages[segment.message].get("content")
@@ -360,7 +366,7 @@ def _empty_thought(gap: str) -> int:
     cut = max((gap.rfind(c) + len(c) for c in _CLOSERS if c in gap), default=0)
     return cut + len(gap[cut:]) - len(gap[cut:].lstrip()) if cut else 0
 
-# %% ../nbs/08b_templates.ipynb #71bc22b2
+# %% ../nbs/08b_templates.ipynb #3da8c15b
 def _fields(messages: Sequence[Mapping], i: int, found: Rendered, turn: Turn) -> list[tuple[int, int, str]]:
     "(start, end, field) of a turn; field is reasoning, content, tool_calls or eot."
     pieces = [(a, b, _field_of(messages, found.segments[k])) for a, b, k in _own(found, i) if turn.start <= a and b <= turn.body]
@@ -374,7 +380,7 @@ def _fields(messages: Sequence[Mapping], i: int, found: Rendered, turn: Turn) ->
     borders += [(turn.body, "eot"), (turn.close, "")]
     return [(a, z, field) for (a, field), (z, _) in zip(borders, borders[1:]) if a < z]
 
-# %% ../nbs/08b_templates.ipynb #3485a9e6
+# %% ../nbs/08b_templates.ipynb #bc5b2d03
 def _thought(message: Mapping, opened: str) -> str:
     "What a model writes after a prompt that opens its thinking, until it has closed it."
     content = message.get("content") if isinstance(message.get("content"), str) else ""
@@ -386,7 +392,7 @@ def _thought(message: Mapping, opened: str) -> str:
     tag = re.search(r"<(\w+)>", opened)
     return f"{reasoning}\n</{tag[1] if tag else 'think'}>\n\n"
 
-# %% ../nbs/08b_templates.ipynb #de14e3e1
+# %% ../nbs/08b_templates.ipynb #1b964cdf
 @patch
 def own_example(self: _Template, messages: Sequence[Mapping], i: int) -> tuple[Rendered, Turn]:
     "The chat up to message i as it is sampled; Unverified if prompt and turn cannot be brought together."
@@ -411,7 +417,7 @@ def own_example(self: _Template, messages: Sequence[Mapping], i: int) -> tuple[R
     if words(whole.text[turn.start:turn.body]) not in (words(chat[i].get(k), chat[i].get("content")) for k in (*_REASONING, "")): raise Unverified("prefill_conflict", f"the words of message {i} cannot be brought together with its generation prompt")
     return whole, turn
 
-# %% ../nbs/08b_templates.ipynb #1e4d531b
+# %% ../nbs/08b_templates.ipynb #e1afafca
 @patch
 def with_next_marker(self: _Template, messages: Sequence[Mapping], i: int, found: Rendered, turn: Turn) -> tuple[Rendered, Turn]:
     "Add the marker of the next speaker where that is what ends a turn."
@@ -424,7 +430,7 @@ def with_next_marker(self: _Template, messages: Sequence[Mapping], i: int, found
     text = found.text[:turn.body] + m[0]
     return found._replace(text=text), turn._replace(close=len(text), trail=len(text))
 
-# %% ../nbs/08b_templates.ipynb #6d43e076
+# %% ../nbs/08b_templates.ipynb #27da1b83
 @patch
 def by_tags(self: _Template, messages: Sequence[Mapping], i: int) -> tuple[Rendered, Turn]:
     "The chat up to message i and its turn, from generation tags alone; Unverified if they do not agree with the prompt."

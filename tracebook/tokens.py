@@ -52,12 +52,14 @@ def load_tokenizer(
         why = " ".join(str(e).split())
         raise ValueError(f"cannot load the tokenizer {str(name)!r}: give a name on the hub that can be reached or is cached, or a folder with tokenizer.json and tokenizer_config.json ({why[:200]})") from e
 
-# %% ../nbs/06_tokens.ipynb #b2c060c0
+# %% ../nbs/06_tokens.ipynb #8620d2ac
 def _tokenizer(tokenizer: Any) -> Any:
-    "A tokenizer, or the one of that name."
-    return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    "A tokenizer, or the one of that name; TypeError for anything else."
+    if isinstance(tokenizer, (str, Path)): return load_tokenizer(tokenizer)
+    if not (callable(tokenizer) and hasattr(tokenizer, "decode")): raise TypeError(f"the tokenizer is {type(tokenizer).__name__}; give a tokenizer of transformers, its name or its folder")
+    return tokenizer
 
-# %% ../nbs/06_tokens.ipynb #e6cc3778
+# %% ../nbs/06_tokens.ipynb #9f2d5efa
 def tokenizer_name(
     tokenizer: Any, # a transformers tokenizer
 ) -> str: # of a folder only the last part
@@ -65,7 +67,7 @@ def tokenizer_name(
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     return visible(Path(name).name if Path(name).exists() or Path(name).is_absolute() else name)
 
-# %% ../nbs/06_tokens.ipynb #053d3910
+# %% ../nbs/06_tokens.ipynb #0c453d22
 def tokenizer_hash(
     tokenizer: Any, # a transformers tokenizer
 ) -> str: # 12 hexadecimal digits of SHA-256
@@ -75,7 +77,7 @@ def tokenizer_hash(
     else: state = json.dumps(dict(kind=type(tokenizer).__name__, vocab=tokenizer.get_vocab(), added={str(k): str(v) for k, v in tokenizer.added_tokens_decoder.items()}), sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()[:12]
 
-# %% ../nbs/06_tokens.ipynb #363ca46c
+# %% ../nbs/06_tokens.ipynb #5a82f2b4
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
     "The tokens of one text, and which characters each of them covers."
@@ -93,7 +95,7 @@ class TokenMap:
         before = np.concatenate([[0], np.maximum.accumulate(self.ends)[:-1]]) if len(self.ids) else self.ends
         return len(self.text) - int(np.maximum(self.ends - np.maximum(self.starts, before), 0).sum())
 
-# %% ../nbs/06_tokens.ipynb #dc7503a9
+# %% ../nbs/06_tokens.ipynb #d4c17eaf
 def _untrimmed(tokenizer: Any) -> Any:
     "A fast tokenizer whose places hold the white space that its tokens hold."
     from tokenizers import processors
@@ -104,7 +106,7 @@ def _untrimmed(tokenizer: Any) -> Any:
     out._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return out
 
-# %% ../nbs/06_tokens.ipynb #92112664
+# %% ../nbs/06_tokens.ipynb #bc42dbc2
 def _place_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
     "Starts and ends of tokens by decoding; ValueError where a text does not come back."
     starts, ends, at, first, inside = [], [], 0, 0, 0 # inside: how far the pieces that are not complete agree with the text
@@ -121,7 +123,7 @@ def _place_by_decoding(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[l
     if at < len(text) or first < len(ids): raise ValueError(f"cannot place the tokens of {tokenizer_name(tokenizer)}: decoding them does not give the text back from offset {at} on; use a fast tokenizer")
     return starts, ends
 
-# %% ../nbs/06_tokens.ipynb #a258abc1
+# %% ../nbs/06_tokens.ipynb #7375794e
 def _encode(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     "(ids, starts, ends) of each text, in one call of the tokenizer."
     if not getattr(tokenizer, "is_fast", False):
@@ -134,7 +136,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], np.nd
         starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
         yield ids, starts, ends
 
-# %% ../nbs/06_tokens.ipynb #f650b90d
+# %% ../nbs/06_tokens.ipynb #3a6883ea
 _AT_ONCE = 4_000_000 # characters in one call of a tokenizer
 
 def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -145,7 +147,7 @@ def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
         portion.append(text); size += len(text)
     if portion: yield portion
 
-# %% ../nbs/06_tokens.ipynb #e62b9c7d
+# %% ../nbs/06_tokens.ipynb #59155cf7
 def _check_texts(texts: Sequence[str]) -> None:
     "TypeError or ValueError naming the item that no tokenizer can take."
     if isinstance(texts, str): raise TypeError("expected a list of texts, got one str")
@@ -153,7 +155,7 @@ def _check_texts(texts: Sequence[str]) -> None:
         if not isinstance(text, str): raise TypeError(f"item {i}: expected a str or a Trace, got {type(text).__name__}")
         check_utf8(text, f"item {i}")
 
-# %% ../nbs/06_tokens.ipynb #d21fc6ef
+# %% ../nbs/06_tokens.ipynb #09d6945e
 def tokenize_trace(
     tokenizer: Any, # a transformers tokenizer, fast or not, or the name of one
     trace: str | Trace | Sequence[str | Trace], # a response, a trace, or several
@@ -168,7 +170,7 @@ def tokenize_trace(
         maps += [TokenMap(t, np.array(ids, np.int64), np.maximum.accumulate(a), b, name) for t, (ids, a, b) in zip(portion, _encode(tokenizer, portion))]
     return maps[0] if one else maps
 
-# %% ../nbs/06_tokens.ipynb #b9eb036b
+# %% ../nbs/06_tokens.ipynb #b243e2fe
 @patch
 def index(self: TokenMap,
     offsets: int | np.ndarray, # places in the text, in code points
@@ -177,7 +179,7 @@ def index(self: TokenMap,
     found = np.searchsorted(self.starts, offsets)
     return int(found) if np.ndim(found) == 0 else found
 
-# %% ../nbs/06_tokens.ipynb #1c557004
+# %% ../nbs/06_tokens.ipynb #b547830b
 @patch
 def token_spans(self: TokenMap,
     spans: Iterable[Span], # spans of the text, in characters
@@ -187,7 +189,7 @@ def token_spans(self: TokenMap,
     at = self.index(np.array([s[1:3] for s in spans], np.int64).reshape(-1, 2)).tolist()
     return tuple(Span(s.kind, a, b, s.complete) for s, (a, b) in zip(spans, at))
 
-# %% ../nbs/06_tokens.ipynb #0abd9dc4
+# %% ../nbs/06_tokens.ipynb #6939d0ca
 def _same_text(trace: Trace, tokens: TokenMap) -> None:
     if tokens.text != trace.text: raise ValueError(f"these are the tokens of another text ({len(tokens.text):,} characters, the trace has {len(trace.text):,}); call tokenize_trace with this trace")
 
@@ -199,7 +201,7 @@ def to_token_spans(self: Trace,
     _same_text(self, tokens)
     return tokens.token_spans(self.spans)
 
-# %% ../nbs/06_tokens.ipynb #5fbee114
+# %% ../nbs/06_tokens.ipynb #5ce3de0c
 @patch
 def straddlers(self: TokenMap,
     spans: Iterable[Span], # spans of the text, in characters
@@ -210,7 +212,7 @@ def straddlers(self: TokenMap,
     over = (last >= 0) & (self.ends[np.maximum(last, 0)] > borders) if len(self.ids) else np.zeros(len(borders), bool)
     return np.unique(last[over])
 
-# %% ../nbs/06_tokens.ipynb #4f10f793
+# %% ../nbs/06_tokens.ipynb #184151bc
 @patch
 def __repr__(self: TokenMap) -> str: return f"TokenMap({_count(len(self), 'token')} of {_count(len(self.text), 'character')}, {self.tokenizer})"
 
@@ -225,7 +227,7 @@ def _repr_html_(self: TokenMap, limit: int = 400) -> str:
     more = f"<p>… {len(self) - limit:,} tokens more</p>" if len(self) > limit else ""
     return f"<p>{escape(repr(self))}</p><code>{''.join(seen)}</code>{more}"
 
-# %% ../nbs/06_tokens.ipynb #81c6c198
+# %% ../nbs/06_tokens.ipynb #15b0d001
 _ROLES = {m: r for m, r in DIALECTS["memento"].roles.items()} # marker -> role, such as "block_start"
 
 def _single(tokenizer: Any, marker: str) -> int | None:
@@ -234,7 +236,7 @@ def _single(tokenizer: Any, marker: str) -> int | None:
     known = len(ids) == 1 and ids[0] in around and ids[0] == tokenizer.convert_tokens_to_ids(marker) != tokenizer.unk_token_id # an unknown word is one token too
     return ids[0] if known else None
 
-# %% ../nbs/06_tokens.ipynb #2729b175
+# %% ../nbs/06_tokens.ipynb #da4fec4c
 def memento_token_ids(
     tokenizer: Any, # a transformers tokenizer
 ) -> dict[str, int]: # block_start, block_end, summary_start, summary_end; think_start and think_end if they are single tokens
@@ -244,7 +246,7 @@ def memento_token_ids(
     if lacking: raise ValueError(f"{', '.join(lacking)}: not one token for {tokenizer_name(tokenizer)}; add_memento_tokens(tokenizer) adds what is missing")
     return {r: i for r, i in ids.items() if i is not None}
 
-# %% ../nbs/06_tokens.ipynb #b6413687
+# %% ../nbs/06_tokens.ipynb #26b97466
 RELATED_WORDS = dict( # role of a marker -> the words whose vectors it starts from
     block_start=("block", "start", "begin", "section", "step"), block_end=("block", "end", "finish", "section", "done"),
     summary_start=("summary", "summarize", "brief", "recap", "overview"), summary_end=("summary", "end", "finish", "done", "complete"),
@@ -255,13 +257,13 @@ def _word_ids(tokenizer: Any, word: str) -> list[int]:
     inside, alone = (tokenizer.encode(w, add_special_tokens=False) for w in (" " + word, word))
     return inside if len(inside) <= len(alone) else alone
 
-# %% ../nbs/06_tokens.ipynb #61041940
+# %% ../nbs/06_tokens.ipynb #21408694
 def _related_mean(tokenizer: Any, role: str, rows: Any) -> Any:
     "Mean over the related words of a marker, each the mean of its tokens' rows; float32."
     words = [rows[ids].float().mean(0) for w in RELATED_WORDS[role] if (ids := _word_ids(tokenizer, w))]
     return sum(words) / len(words) if words else rows[:min(tokenizer.convert_tokens_to_ids(list(MEMENTO_TOKENS)))].float().mean(0) # a tokenizer of digits knows no words
 
-# %% ../nbs/06_tokens.ipynb #7cad10c8
+# %% ../nbs/06_tokens.ipynb #14207b85
 def _fill(tokenizer: Any, ids: dict[str, int], rows: Any, noise: Any, std: float = .01) -> None:
     "Write the rows of new tokens, all from the old ones."
     import torch
@@ -271,7 +273,7 @@ def _fill(tokenizer: Any, ids: dict[str, int], rows: Any, noise: Any, std: float
         fresh[i] = mean + std * torch.randn(mean.shape, generator=noise).to(mean.device) if std and mean.ndim else mean
     for i, row in fresh.items(): rows[i] = row.to(rows.dtype)
 
-# %% ../nbs/06_tokens.ipynb #8d03648b
+# %% ../nbs/06_tokens.ipynb #b4b876ae
 def _grow(model: Any, n: int) -> tuple[int, int] | None: # (rows before, rows after); None: they suffice
     "Make room for `n` tokens."
     before = model.get_input_embeddings().weight.shape[0]
@@ -279,7 +281,7 @@ def _grow(model: Any, n: int) -> tuple[int, int] | None: # (rows before, rows af
     model.resize_token_embeddings(n, mean_resizing=False)
     return before, model.get_input_embeddings().weight.shape[0]
 
-# %% ../nbs/06_tokens.ipynb #9a7b5323
+# %% ../nbs/06_tokens.ipynb #a301d529
 def _initialise(tokenizer: Any, model: Any, ids: dict[str, int], init: str, seed: int) -> bool: # whether the output head has rows of its own
     "Write the rows of new tokens in the embeddings and, if it is separate, in the output head."
     import torch
@@ -293,7 +295,7 @@ def _initialise(tokenizer: Any, model: Any, ids: dict[str, int], init: str, seed
         if head is not None and getattr(head, "bias", None) is not None: _fill(tokenizer, ids, head.bias, noise, 0)
     return untied
 
-# %% ../nbs/06_tokens.ipynb #d4554ba9
+# %% ../nbs/06_tokens.ipynb #68216a25
 class MementoTokens(NamedTuple):
     "What `add_memento_tokens` found and did."
     ids: dict[str, int] # role -> id of each marker
@@ -309,7 +311,7 @@ class MementoTokens(NamedTuple):
         size = [f"embeddings: {self.resized[0]:,} → {self.resized[1]:,} rows"] if self.resized else []
         return "\n".join(says + size + (["the output head is separate; its rows were written too"] if self.untied and self.initialised else []))
 
-# %% ../nbs/06_tokens.ipynb #7a1eb128
+# %% ../nbs/06_tokens.ipynb #1aa15d73
 def _add_missing(tokenizer: Any) -> tuple[str, ...]:
     "Add the markers that are not one token: those of blocks and mementos as special tokens, thinking tags as ordinary ones."
     from tokenizers import AddedToken
@@ -323,7 +325,7 @@ def _add_missing(tokenizer: Any) -> tuple[str, ...]:
     if broken: raise ValueError(f"{tokenizer_name(tokenizer)} does not make one token of {', '.join(broken)}, even when it is added")
     return missing
 
-# %% ../nbs/06_tokens.ipynb #d8ba15be
+# %% ../nbs/06_tokens.ipynb #e5db5a78
 def add_memento_tokens(
     tokenizer: Any, # gets what it lacks, in place
     model: Any = None, # a transformers model; gets rows for the new tokens, in place
@@ -346,7 +348,7 @@ def add_memento_tokens(
     if fresh: model.config.memento_token_ids = sorted(known | {ids[_ROLES[m]] for m in fresh})
     return MementoTokens(ids, added, special, resized, fresh, untied, True)
 
-# %% ../nbs/06_tokens.ipynb #b446bab4
+# %% ../nbs/06_tokens.ipynb #31a66dd6
 def _copy(tokenizer: Any) -> Any:
     "A copy of a tokenizer; of a fast one its Rust part only, which is all that is needed and is copied much faster."
     if not getattr(tokenizer, "is_fast", False): return copy.deepcopy(tokenizer)
@@ -364,7 +366,7 @@ def _with_markers(tokenizer: Any) -> Any:
     add_memento_tokens(marked)
     return marked
 
-# %% ../nbs/06_tokens.ipynb #e280a6e6
+# %% ../nbs/06_tokens.ipynb #7bf2a80b
 @patch
 def to_token_blocks(self: Trace,
     tokens: TokenMap, # of `tokenize_trace`, for this very text
@@ -381,7 +383,7 @@ def to_token_blocks(self: Trace,
         if not alone or (self.text[a:start] + self.text[end:b]).strip(): raise ValueError(f"{visible(self.text[start:end])!r} at {start} is not one token for {tokens.tokenizer}; add_memento_tokens(tokenizer) makes it one")
     return [TokenBlock(*(None if x < 0 else x for x in row)) for row in at.tolist()]
 
-# %% ../nbs/06_tokens.ipynb #2aaa141c
+# %% ../nbs/06_tokens.ipynb #7705f8d0
 @patch
 def token_evictions(self: TokenMap,
     evictions: Iterable[Eviction], # in characters, of `find_evictions`
@@ -391,7 +393,7 @@ def token_evictions(self: TokenMap,
     at = self.index(np.array([e[:3] for e in evictions], np.int64).reshape(-1, 3)).tolist()
     return [Eviction(*places, e.block) for places, e in zip(at, evictions)]
 
-# %% ../nbs/06_tokens.ipynb #f8f2403e
+# %% ../nbs/06_tokens.ipynb #694756a7
 class TokenCounter:
     "Counts tokens of texts; made by `token_counter`."
     def __init__(self, tokenizer: Any, markers: bool):
@@ -407,7 +409,7 @@ class TokenCounter:
 
     def __repr__(self) -> str: return f"TokenCounter({self.name}, {self.hash}, markers {'counted' if self.markers else 'not counted'})"
 
-# %% ../nbs/06_tokens.ipynb #1a1167f0
+# %% ../nbs/06_tokens.ipynb #4022ead4
 def token_counter(
     tokenizer: Any, # a transformers tokenizer, or the name of one
     markers: bool = False, # count the markers of a block or memento with it
@@ -415,7 +417,7 @@ def token_counter(
     "A counting function for `trace_table(count_tokens=…)`, which writes the name and the hash of the tokenizer into the table."
     return TokenCounter(_tokenizer(tokenizer), markers)
 
-# %% ../nbs/06_tokens.ipynb #56bccd34
+# %% ../nbs/06_tokens.ipynb #10f44ff4
 BASE_MODELS = ("Qwen/Qwen3-8B", "Qwen/Qwen3-32B", "microsoft/Phi-4-reasoning") # models that the Memento paper starts from
 
 def cached_tokenizer() -> str | None: # a name for `load_tokenizer`; None: nothing is cached
