@@ -171,7 +171,7 @@ def check(tok, name, chat):
 def fuzz(tok, name, n, most):
     r = random.Random(name)
     done = [check(tok, name, chat_of(r, most)) for _ in range(n)]
-    assert done.count(None) == 0 and done.count(True) >= n / 3
+    assert done.count(None) == 0 and done.count(True) >= n / 5  # what thinks is refused where the prompt has closed the thinking
 
 
 @every
