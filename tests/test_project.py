@@ -98,7 +98,7 @@ def test_export_cells_are_short(path):
 @each_notebook
 def test_flags_are_known(path):
     "A misspelt directive would be ignored in silence."
-    known = set("hide default_exp export exports exporti eval echo output include slow cuda hub real notest hide_line "
+    known = set("hide default_exp export exports exporti eval echo output include slow cuda hub real trl notest hide_line "
                 "exec_doc filter_stream".split())
     unknown = {d for source in code_cells(path) for d in directives(source)} - known
     assert not unknown

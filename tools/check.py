@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from notebooks import NBS, ROOT, copy_tree, default_exp, notebooks, settings
@@ -144,6 +145,7 @@ def main():
     given, args = parser.parse_known_args()
     flags = [flag for flag in FLAGS if getattr(given, flag)]
     cells = flags + ["real"] * bool(os.environ.get("TRACEBOOK_SHARED"))  # cells that need real tokenizers and outputs
+    if not given.colab and find_spec("trl"): cells.append("trl")  # Colab has none
     os.environ.pop("IN_TEST", None)  # nbdev-export does nothing where it is set
     env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "0" if given.hub else "1"}
     try:
