@@ -28,7 +28,7 @@ setup(
                  "Programming Language :: Python :: 3"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: ["data/*", "templates/*"]},
+    package_data={cfg["lib_path"]: ["data/*", "templates/*", "toy_model/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(),

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tracebook.masking import Unverified, check_template, tokenize_chat, tokenize_chats
-from tracebook.templates import _template
+from tracebook.chat import _template
 
 from oracle_masking import (ALWAYS_STABLE, PARTS, REAL, REWRITING, TOOLS, call_of, chat_of, close_of, excused, fitted, ids_of, opening_of, prefix_labels, problems, proven, render, say, specials, stable,
     templates, tokenizer_for, tool_of, trained_text, turns_of, unsound, user_header)

@@ -227,12 +227,12 @@ def _repr_html_(self: TokenMap, limit: int = 400) -> str:
     more = f"<p>… {len(self) - limit:,} tokens more</p>" if len(self) > limit else ""
     return f"<p>{escape(repr(self))}</p><code>{''.join(seen)}</code>{more}"
 
-# %% ../nbs/06_tokens.ipynb #15b0d001
+# %% ../nbs/06_tokens.ipynb #8e99a3b1
 _ROLES = {m: r for m, r in DIALECTS["memento"].roles.items()} # marker -> role, such as "block_start"
 
 def _single(tokenizer: Any, marker: str) -> int | None:
     "The id of a marker, also in the middle of a text, if it is one token."
-    ids, around = (tokenizer.encode(t, add_special_tokens=False) for t in (marker, f"x{marker}y"))
+    ids, around = (tokenizer.encode(t, add_special_tokens=False) for t in (marker, f"1{marker}1"))
     known = len(ids) == 1 and ids[0] in around and ids[0] == tokenizer.convert_tokens_to_ids(marker) != tokenizer.unk_token_id # an unknown word is one token too
     return ids[0] if known else None
 
