@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, BambaConfig, Gemma2Config, Gemma3TextConfig, JambaConfig, LlamaConfig, MambaConfig, MistralConfig, Olmo3Config, Phi3Config, PhiConfig, Qwen3Config,
-    Qwen3NextConfig, GenerationConfig, LogitsProcessor, StoppingCriteria, T5Config, AutoModelForSeq2SeqLM, DynamicCache, StaticCache, BloomConfig)
+from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, JambaConfig, LlamaConfig, MambaConfig, MistralConfig, Olmo3Config, Phi3Config, PhiConfig, Qwen3Config,
+    GenerationConfig, LogitsProcessor, StoppingCriteria, StaticCache)
 
 from tracebook.attention import kv_bytes_per_token, kv_occupancy, visible_until
-from tracebook.generate import BlockCap, EvictingCache, MementoDecoding, generate_memento
+from tracebook.generate import MementoDecoding, generate_memento
 from tracebook.memento import parse_memento_ids
 from tracebook.sources import sample_traces
 from tracebook.tokens import add_memento_tokens, make_tokenizer, memento_token_ids
