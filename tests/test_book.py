@@ -4,13 +4,18 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings, strategies as st
+from transformers import LogitsProcessor, Qwen3ForCausalLM
 
-from tracebook.book import _trace_item, make_book, render_trace, visible
+from tracebook.book import _token_texts, _trace_item, live_trace, make_book, render_trace, visible
 from tracebook.memento import MEMENTO_TOKENS, build_memento, parse
 from tracebook.sources import load_traces, make_traces, sample_traces, sample_zoo
 from tracebook.stats import measure, summarize
+from tracebook.tokens import add_memento_tokens, make_tokenizer
+from tracebook.toy import toy_config
+from tracebook.trace import PHI4, QWEN3, VANILLA, ContextPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CLEAN = build_memento([("one two three", "one"), ("four five six", "four")], "\n\nThe answer.")
@@ -271,3 +276,76 @@ def test_units_are_named(tmp_path, monkeypatch):
     assert "Tokens are those of tiny &amp; small" in with_tokens and "Ratio in tokens" in with_tokens
     with pytest.raises(ValueError, match="give a name on the hub"): make_book(sample_traces(), tmp_path/"x.html", tokenizer="no/such")
     assert not (tmp_path/"x.html").exists()
+
+# the live chapter
+
+class Said(LogitsProcessor):
+    "Makes a model write what it is told."
+    def __init__(self, ids, start): self.ids, self.start = ids, start
+    def __call__(self, ids, scores):
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self.ids[ids.shape[1] - self.start]] = 0
+        return scores
+
+@pytest.fixture(scope="module")
+def said():
+    "A function that lets a random model write a text."
+    tokenizer = make_tokenizer(["a b c"])
+    add_memento_tokens(tokenizer)
+    model = Qwen3ForCausalLM(toy_config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, eos_token_id=None, pad_token_id=None, bos_token_id=None)).eval()
+    def write(text, policy="qwen3", prompt="<b>p</b>&amp;"):
+        ids, start = tokenizer(text)["input_ids"], len(tokenizer(prompt)["input_ids"])
+        return live_trace(model, tokenizer, prompt, policy=policy, max_new_tokens=len(ids), logits_processor=[Said(ids, start)])
+    return write
+
+def live_page(tmp_path, live):
+    "The page, and (text, kind, step before which it left or None) of its tokens, and its sizes."
+    made = make_book([dict(response="x")], tmp_path/"l.html", tokenizer=None, live=live)
+    text = made.path.read_text(encoding="utf-8")
+    part = text[text.index('id="live-text"'):text.index('id="live-sizes"')]
+    found = re.findall(r'<span class="p-([a-z]+)( gone)?"(?: data-leaves="([0-9]+)")?>(.*?)</span>', part, re.S)
+    assert all(bool(gone) == bool(leaves) for _, gone, leaves, _ in found)
+    sizes = json.loads(re.search(r'id="live-sizes">(.*?)</script>', text).group(1))
+    return text, [(html.unescape(t), kind, int(l) if l else None) for kind, _, l, t in found], sizes
+
+LIVE = build_memento([("one two", "1"), ("three", "3"), ("four five six", "4")], "\n\nThe answer, d’été 🙂.")
+
+@pytest.mark.parametrize("policy", [QWEN3, PHI4, VANILLA, ContextPolicy(1), ContextPolicy(0, keep_last_block_for_answer=True), ContextPolicy(restart=True)], ids=lambda p: p.label)
+def test_the_page_fades_what_the_cache_had_lost(tmp_path, said, policy):
+    live = said(LIVE, policy)
+    _, tokens, sizes = live_page(tmp_path, live)
+    n, given = len(tokens), live.output.prompt_length
+    assert sizes == live.output.curve.occupancy.tolist() and n == len(live.output.ids)
+    leaves = [l or n + 1 for *_, l in tokens]
+    in_cache = [sum(l >= k for l in leaves[:k]) for k in range(given, n + 1)]
+    if policy.restart: # while a memento is read again, its first reading is still there
+        inside = {i for b in live.output.blocks for i in range(b.summary_start, b.summary_end + 2)}
+        assert all(a == b for k, (a, b) in enumerate(zip(in_cache, sizes), given) if k not in inside)
+    else: assert in_cache == sizes
+    assert "".join(t for t, kind, _ in tokens if kind != "prompt") == LIVE
+    assert "".join(t for t, kind, _ in tokens if kind == "answer") == parse(LIVE).answer
+
+def test_live_text_of_a_stranger(tmp_path, said, allowed):
+    attack = "".join(ATTACKS) + "\x1b[31m"
+    clean, _, _ = live_page(tmp_path, said(LIVE))
+    text, tokens, _ = live_page(tmp_path, said(build_memento([(attack, attack), ("a", "b")], attack), prompt=attack)._replace(model=attack))
+    assert not shape(text) - allowed - shape(clean)
+    assert len(re.findall("<script>", text)) == 2 and "\x1b" not in text
+    assert visible(attack) in "".join(Page(text).text)
+    assert "".join(t for t, kind, _ in tokens if kind == "prompt") == visible(attack)
+
+def test_live_without_a_block_says_nothing_of_right_and_wrong(tmp_path, said):
+    text, tokens, sizes = live_page(tmp_path, said("nothing to forget"))
+    assert sizes[-1] == len(tokens) and not any(l for *_, l in tokens)
+    assert "partial sum" not in text and "stopped before it had finished" in text
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_token_texts_are_the_text(text):
+    tokenizer = make_tokenizer(["a"])
+    ids = tokenizer(text)["input_ids"]
+    assert "".join(_token_texts(tokenizer, ids)) == tokenizer.decode(ids) and len(_token_texts(tokenizer, ids)) == len(ids)
+
+def test_the_toy_writes_the_same_page_every_time(tmp_path):
+    first, again = (live_page(tmp_path, live_trace())[0] for _ in range(2))
+    assert first == again and "the answer are right" in first and "tracebook toy" in first

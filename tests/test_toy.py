@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tracebook import toy
-from tracebook.attention import kv_occupancy, visible_until
+from tracebook.attention import visible_until
+from tracebook.generate import generate_memento
 from tracebook.memento import MEMENTO_TOKENS, build_memento, parse, parse_memento_ids
 from tracebook.sources import COLUMNS, load_traces
 from tracebook.tokens import add_memento_tokens, memento_token_ids, tokenize_trace, tokenizer_hash
@@ -189,19 +190,6 @@ def test_mask_is_that_of_visible_until(blocks):
     assert batch["attention_mask"].min() == torch.finfo(torch.float32).min
 
 
-@torch.inference_mode()
-def test_eviction_is_the_mask():
-    model = toy._fresh(toy_config(initializer_range=.2), 3).double().eval()
-    ids, lesson = toy_batch(2, 6, 3)["input_ids"], toy._lesson(3)
-    dense = model(input_ids=ids, attention_mask=toy._mask(3, torch.float64), use_cache=False).logits
-    sight, held = toy._Sight(lesson.until), []
-    for t in range(ids.shape[1]):
-        got = sight.feed(model, ids[:, t:t + 1], t)
-        assert (got - dense[:, t]).abs().max() < 1e-5
-        held.append({layer.keys.shape[2] for layer in sight.cache.layers})
-    assert held == [{n} for n in kv_occupancy(lesson.until).occupancy.tolist()]
-
-
 def test_training_lowers_the_loss_and_can_be_interrupted(tmp_path):
     plan, path = toy._Plan(0, 48, 4, 2e-3, 2, TINY["shape"]), tmp_path / "a" / "checkpoint.pt"
     path.parent.mkdir()
@@ -287,8 +275,8 @@ def test_what_is_shipped(loaded):
 
 
 def test_writes_right_chains(loaded):
-    ids = toy._write(loaded[0], 100, 1, 10)
-    score = evaluate_toy(*loaded, n=100, write=lambda model, n, seed, blocks: ids)
+    ids = toy._write(*loaded, 100, 1, 10, "qwen3")
+    score = evaluate_toy(*loaded, n=100, seed=1)
     assert score.mementos.value >= .995 and score.chains.value >= .97
     texts = [loaded[1].decode(x[7:-1]) for x in ids]
     right = [t for t in texts if check_toy(t) is None]
@@ -298,11 +286,32 @@ def test_writes_right_chains(loaded):
 
 
 def test_same_seed_same_chains(loaded):
-    once, again, other = (toy._write(loaded[0], 1, seed, 10) for seed in (7, 7, 8))
+    once, again, other = (toy._write(*loaded, 1, seed, 10, "qwen3") for seed in (7, 7, 8))
     assert torch.equal(once, again) and not torch.equal(once, other)
 
 
-def test_generate_writes_chains_too(loaded):
+def test_chains_that_end_early_are_wrong(loaded, monkeypatch):
+    ids, n = toy_batch(3, 4, 2)["input_ids"], 40 # the third one breaks off
+    outs = [type("Out", (), dict(ids=row)) for row in (ids[0], ids[1], ids[2, :n])]
+    monkeypatch.setattr(toy, "generate_memento", lambda *args, **kwargs: outs)
+    written = toy._write(*loaded, 3, 0, 2, "qwen3")
+    assert torch.equal(written[:2], ids[:2]) and set(written[2, n:].tolist()) == {loaded[1].pad_token_id}
+    assert evaluate_toy(*loaded, n=3, blocks=2).chains[::3] == (2 / 3, 3)
+
+
+@torch.inference_mode()
+def test_it_is_the_model_that_was_trained_under_the_mask(loaded):
+    model, tokenizer = loaded
+    model = model.double()
+    try:
+        out = generate_memento(model, tokenizer, [dict(role="user", content="Σ10")], max_new_tokens=400, seed=5, output_logits=True, **toy.TOY_SAMPLING)
+        dense = model(input_ids=out.ids[None], attention_mask=toy._mask(10, torch.float64)[:, :, :len(out.ids), :len(out.ids)], use_cache=False).logits[0]
+    finally: model.float()
+    assert (out.logits - dense[out.prompt_length - 1:-1]).abs().max() < 1e-9
+    assert out.curve.occupancy.tolist() == out.predicted.occupancy[out.prompt_length - 1:].tolist()
+
+
+def test_plain_generate_writes_its_blocks(loaded):
     model, tokenizer = loaded
     prompt = tokenizer.apply_chat_template([dict(role="user", content="Σ10")], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**prompt, max_new_tokens=4, **toy.TOY_SAMPLING)

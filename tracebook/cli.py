@@ -131,7 +131,7 @@ def _add_sft(commands: Any, common: list) -> None:
     p.add_argument("--chat-template", metavar="FILE", help="a file with a template to use instead of the tokenizer's")
     p.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them (default: stop at the first)")
 
-# %% ../nbs/16_cli.ipynb #1fecf380
+# %% ../nbs/16_cli.ipynb #5760857b
 def _parser() -> argparse.ArgumentParser:
     "The whole command."
     top = _Parser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", parents=common, help="write one self-contained HTML page", description="Write one self-contained HTML page: health, statistics, plots and a reader.")
     book.add_argument("--out", default="tracebook.html", metavar="FILE", help="where the page shall lie (default: tracebook.html)")
     book.add_argument("--title", default="tracebook", help="of the page (default: tracebook)")
+    book.add_argument("--no-live", action="store_true", help="without SOURCE, leave out the chapter in which the toy model writes a trace")
     book.add_argument("--max-traces", type=_natural, default=200, metavar="N", help="traces in the reader; all are counted (default: 200)")
     book.add_argument("--tokenizer", metavar="NAME", default="cached", help=_TOKENIZER_HELP + "; none: characters and words only (default: that of a model of the Memento paper, if the local cache has one)")
     stats = commands.add_parser("stats", parents=common, help="print statistics by domain", description="Print statistics by domain, and how many traces carry which issue.")
@@ -228,11 +229,11 @@ def main(
     if error: print(f"tracebook: error: {_one_line(error)}", file=sys.stderr)
     return code
 
-# %% ../nbs/16_cli.ipynb #d4f96383
+# %% ../nbs/16_cli.ipynb #320998f1
 def _book(args: argparse.Namespace) -> None:
-    from tracebook.book import make_book
-    rows = _open(args)
-    book = make_book(rows, args.out, title=args.title, max_traces=args.max_traces, tokenizer=None if args.tokenizer == "none" else args.tokenizer)
+    from tracebook.book import live_trace, make_book
+    rows, live = _open(args), None if args.source or args.no_live else live_trace()
+    book = make_book(rows, args.out, title=args.title, max_traces=args.max_traces, tokenizer=None if args.tokenizer == "none" else args.tokenizer, live=live)
     if args.json: return print(json.dumps(book._asdict() | dict(path=str(book.path.resolve()))))
     from tracebook.trace import _count, visible
     shown = "all of them" if book.shown == book.traces else f"the first {book.shown:,}"
@@ -240,6 +241,7 @@ def _book(args: argparse.Namespace) -> None:
     print(f"{visible(str(book.path.resolve()))}  ({book.size / 1e6:.1f} MB)")
     domains = f" in {_count(book.domains, 'domain')}" if book.domains else ""
     print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {_count(book.figures, 'plot')}; {shown} to read. Open it in a browser.")
+    if live: print(f"Live: {live.model} wrote {_count(len(live.output.generated), 'token')}, with at most {live.output.curve.peak:,} in its cache.")
 
 # %% ../nbs/16_cli.ipynb #c39f243f
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):

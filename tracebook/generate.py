@@ -586,12 +586,16 @@ def visible_until(self: MementoOutput) -> torch.LongTensor: # [n]
     "The first position that may not see each token: the mask under which one pass gives the same logits."
     return self.rules.seen(self.ids, self.prompt_length)
 
-# %% ../nbs/10_generate.ipynb #b2e5892c
+# %% ../nbs/10_generate.ipynb #065f120e
+@patch(as_prop=True)
+def leaves(self: MementoOutput) -> torch.LongTensor: # [n]; the number of tokens, or more: it stayed
+    "Before which token each one has to leave the cache."
+    return self.rules._replace(policy=_in_cache(self.policy)).seen(self.ids, self.prompt_length)
+
 @patch(as_prop=True)
 def predicted(self: MementoOutput) -> KVCurve: # to be compared with `curve`
     "What the cache should have held, computed from the tokens."
-    rules = self.rules._replace(policy=_in_cache(self.policy))
-    return kv_occupancy(rules.seen(self.ids, self.prompt_length), self.prompt_length)
+    return kv_occupancy(self.leaves, self.prompt_length)
 
 # %% ../nbs/10_generate.ipynb #59263e07
 @patch
