@@ -179,6 +179,26 @@ def test_sampling_time_logits_of_restart():
         until = visible_until(parse_memento_ids(o.ids[:n], MARKS), n, policy)
         assert (dense(model, o.ids[:n], until)[-1] - o.logits[n - P]).abs().max() < 1e-9
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_restart_is_separate_documents(family):
+    "Each block with what stayed before it is a document of its own, at its old positions; inside its memento it gives the logits of the first reading."
+    model = model_of(family)
+    r = random.Random(1)
+    word = lambda k: [r.randrange(5, 250) for _ in range(k)]
+    text = word(2) + [i for k in range(4) for i in (B, *word(3 + k), b, S, *word(2), e, *word(k % 2))] + word(3) # words between a block and its memento would stay, and have seen the block
+    o = write(model, [prompt(3)], [text], POLICIES["restart"])[0]
+    n, P = len(o.ids), o.prompt_length
+    whole = dense(model, o.ids, o.visible_until)
+    for x in o.blocks:
+        at = torch.tensor([j for j in range(x.summary_end + 1) if o.visible_until[j] >= n or x.block_start <= j <= x.block_end])
+        causal = torch.full((len(at), len(at)), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1)[None, None]
+        with torch.no_grad(): logits = model(input_ids=o.ids[at][None], position_ids=at[None], attention_mask=causal).logits[0]
+        for j, row in zip(at.tolist(), logits):
+            if j < x.block_start: continue
+            want = whole[j] if j < x.summary_start else o.logits[j + 1 - P] if j < x.summary_end else None
+            assert want is None or (row - want).abs().max() < 1e-9, j
+    assert len(o.blocks) == 4
+
 def test_tensors_are_really_shorter():
     model, sizes = model_of("qwen3"), []
     class Spy(StoppingCriteria):
