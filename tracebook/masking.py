@@ -141,7 +141,7 @@ def _says(message: Mapping) -> bool:
 # %% ../nbs/09_masking.ipynb #a5e750ec
 def _check_turn(messages: Sequence[Mapping], i: int, found: Rendered) -> None:
     "Unverified if a turn that is to be trained is not in the text."
-    if messages[i].get("tool_calls") and not any(s.message == i and s.field == "tool_calls" and p for s, p in zip(found.segments, found.places)): raise Unverified("tool_calls_unplaced", f"message {i}: its tool calls are dropped or cannot be marked, so the end of the turn cannot be proven")
+    if messages[i].get("tool_calls") and not any(found.segments[k].field == "tool_calls" for *_, k in _own(found, i)): raise Unverified("tool_calls_unplaced", f"message {i}: its tool calls are dropped or cannot be marked, so the end of the turn cannot be proven")
     if not _own(found, i) and _says(messages[i]): raise Unverified("dropped_by_template", f"message {i} has text, but the template renders nothing of it (templates of models with images want a list of parts: [{{'type': 'text', 'text': …}}])")
 
 # %% ../nbs/09_masking.ipynb #2964fde5
