@@ -370,8 +370,8 @@ def _seen(text: str) -> str: return visible(text).replace("\n", "↵\n").replace
 @patch
 def _runs(self: ChatEncoding) -> Iterator[tuple[str, float, int, str]]:
     "(text, weight, message, field) of stretches of tokens that are treated alike."
-    key, start = None, 0
-    fields = [next((r.field for r in reversed(self.spans) if r.start <= a < r.end), "") for a, _ in self.offsets] if len(self) < 20_000 else [""] * len(self)
+    key, start, names = None, 0, [*(r.field for r in self.spans), ""]
+    fields = [names[k] for k in self._coded.which.tolist()] # -1, no region, is the last name
     for (a, b), *rest in (*zip(self.offsets, self.loss_weights, self.message_ids, fields), ((len(self.text), 0), None)):
         if tuple(rest) != key:
             if key: yield self.text[start:a], *key
