@@ -387,6 +387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'tracebook/masking.py'),
                                    'tracebook.masking._Coded': ('masking.html#_coded', 'tracebook/masking.py'),
                                    'tracebook.masking._Coded.__len__': ('masking.html#_coded.__len__', 'tracebook/masking.py'),
+                                   'tracebook.masking._Coded.cuts': ('masking.html#_coded.cuts', 'tracebook/masking.py'),
                                    'tracebook.masking._Coded.keep': ('masking.html#_coded.keep', 'tracebook/masking.py'),
                                    'tracebook.masking._Coded.labels': ('masking.html#_coded.labels', 'tracebook/masking.py'),
                                    'tracebook.masking._Coded.owner': ('masking.html#_coded.owner', 'tracebook/masking.py'),

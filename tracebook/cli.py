@@ -400,7 +400,7 @@ def _ledger_rows(ledger: dict) -> list[list]:
     "(what, number, per cent of all tokens) of a ledger."
     share = lambda n: 100 * n / ledger["tokens"] if ledger["tokens"] else None
     lost = sum(ledger["emptied"].values())
-    rows = [["traces read", ledger["rows"], None], ["written", ledger["examples"] - lost, None], ["refused", len(ledger["refused"]), None], ["left out, nothing trained", lost, None], ["could not be read", len(ledger["unreadable"]), None]]
+    rows = [["traces read", ledger["rows"], None], ["written", ledger["examples"] - lost, None], ["refused", len(ledger["refused"]), None], ["left out, nothing trained", lost, None], ["could not be read", len(ledger["unreadable"]), None], ["cut to the length", ledger["truncated"], None], ["  tokens lost to it", ledger["tokens_cut"], None]]
     trained = [["tokens trained", ledger["trained"], share(ledger["trained"])], *([f"  {k}", n, share(n)] for k, n in sorted(ledger["by_field"].items(), key=lambda x: -x[1]))]
     return rows[:2] + [r for r in rows[2:] if r[1]] + [["tokens", ledger["tokens"], None], *trained]
 

@@ -309,6 +309,14 @@ class _Coded:
 def _coded(example: _Example, ids: Sequence[int], starts: np.ndarray, ends: np.ndarray) -> _Coded:
     return _Coded(example, np.array(ids, np.int64), starts, ends, *_token_weights(example.regions, starts, ends, example.recipe.boundary), len(ids))
 
+# %% ../nbs/09_masking.ipynb #5c1e7a90
+@patch
+def cuts(self: _Coded) -> dict: # nothing where nothing was cut
+    "What a truncation took: how many tokens there were, and the numbers of the messages that are gone."
+    numbers = self.example.recipe.numbers
+    gone = sorted({*range(max(numbers, default=0))} - {*numbers}) # the last message always stays, so those that went leave gaps
+    return (dict(cut_from=self.whole) if len(self) < self.whole else {}) | (dict(dropped_messages=gone) if gone else {})
+
 # %% ../nbs/09_masking.ipynb #67e5bd26
 @patch
 def report(self: _Coded) -> dict:
@@ -321,9 +329,8 @@ def report(self: _Coded) -> dict:
     edges = np.unique([e for r in regions for e in (r.start, r.end)])
     crossing = np.searchsorted(self.ends, edges, "right") < np.searchsorted(self.starts, edges) # a token that starts before an edge and ends after it
     closed = sum(n > 0 and r.field == "eot" for r, n in zip(regions, by_region))
-    out = dict(tokens=len(self), trained=int(trained.sum()), by_field=dict(+fields), by_role=dict(+roles), straddlers=int(crossing.sum()), turns_closed=closed, notes=list(example.notes))
-    if len(self) < self.whole: out["cut_from"] = self.whole
-    if not trained.any(): out["reason"] = "truncation left nothing that is trained" if len(self) < self.whole and any(r.weight for r in regions) else "; ".join(example.notes) or _untrained(example.recipe.messages)
+    out = dict(tokens=len(self), trained=int(trained.sum()), by_field=dict(+fields), by_role=dict(+roles), straddlers=int(crossing.sum()), turns_closed=closed, notes=list(example.notes)) | self.cuts()
+    if not trained.any(): out["reason"] = "truncation left nothing that is trained" if "cut_from" in out and any(r.weight for r in regions) else "; ".join(example.notes) or _untrained(example.recipe.messages)
     return out
 
 # %% ../nbs/09_masking.ipynb #45d710fa
@@ -491,7 +498,7 @@ def _shorter(coded: _Coded, max_length: int, where: str) -> _Coded | None: # Non
     for group in _droppable(recipe.messages, where):
         gone, size = gone | set(group), size - sum(sizes[i] for i in group)
         if size > max_length: continue
-        fewer = replace(next(_tokenized([_without(recipe, gone)])), whole=len(coded))
+        fewer = replace(next(_tokenized([_without(recipe, gone)])), whole=coded.whole)
         if len(fewer) <= max_length: return fewer
     return None
 
@@ -608,6 +615,8 @@ class Ledger:
     by_role: Counter = None # and by role
     straddlers: int = 0 # tokens that lie across the edge of a region
     turns_closed: int = 0 # trained turns with an end token
+    truncated: int = 0 # examples that were cut, by tokens or by whole messages
+    tokens_cut: int = 0 # tokens that were lost to it
     emptied: Counter = None # reason -> examples in which nothing is trained
     refused: list = None # (row, code, message) of chats that could not be proven
 
@@ -624,6 +633,7 @@ def add(self: Ledger, report: Mapping) -> None:
         now, more = getattr(self, name), report[name]
         if isinstance(now, Counter): now.update(more)
         else: setattr(self, name, now + more)
+    if "cut_from" in report: self.truncated, self.tokens_cut = self.truncated + 1, self.tokens_cut + report["cut_from"] - report["tokens"]
     if "reason" in report: self.emptied[report["reason"]] += 1
 
 # %% ../nbs/09_masking.ipynb #dd5d7dd7
@@ -631,6 +641,7 @@ def add(self: Ledger, report: Mapping) -> None:
 def __repr__(self: Ledger) -> str:
     share = f" ({self.trained / self.tokens:.1%})" if self.tokens else ""
     lines = [f"{_count(self.rows, 'chat')} → {_count(self.examples, 'example')}, {_count(self.tokens, 'token')}, {self.trained:,} trained{share}, {_count(self.turns_closed, 'end token')}, {_count(self.straddlers, 'straddler')}"]
+    if self.truncated: lines.append(f"  cut: {_count(self.truncated, 'example')}, {_count(self.tokens_cut, 'token')} lost")
     lines += [f"  trained {k}: {n:,}" for k, n in self.by_field.most_common()] + [f"  nothing trained in {_count(n, 'example')}: {why}" for why, n in self.emptied.most_common()]
     more = [f"  and {len(self.refused) - 20:,} more refused"] if len(self.refused) > 20 else []
     return "\n".join(lines + [f"  refused row {i}: {message}" for i, _, message in self.refused[:20]] + more)
