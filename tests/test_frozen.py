@@ -342,7 +342,7 @@ def test_the_end_token_is_that_of_the_template(kind, end):
 
 def test_no_end_token():
     t = byte_level(template=BARE)
-    with pytest.raises(ValueError, match="no end token"): ExampleTokenizer(t).prepare_from_messages("x", [dict(role="user", content="a")], 1, "b", append_eot=True)
+    with pytest.raises(ValueError, match="no end token.*give it as append_eot"): ExampleTokenizer(t).prepare_from_messages("x", [dict(role="user", content="a")], 1, "b", append_eot=True)
     with pytest.raises(ValueError, match="has no EOS"): TrainingExample("x", "a", "b").tokenize(t, append_eot=True)
     with pytest.raises(ValueError, match="not one"): TrainingExample("x", "a", "b").tokenize(t, append_eot="two words")
 

@@ -238,6 +238,14 @@ def ends(self: _Template) -> Ends:
     self.cache["ends"] = Ends(common[:cut], common[cut:], first[0] if first else "", nxt[0] if nxt else "")
     return self.cache["ends"]
 
+# %% ../nbs/08b_chat.ipynb #c2f81e57
+@patch
+def last_end(self: _Template) -> str:
+    "What ends the last turn of a chat; Unverified if nothing does."
+    ends = self.ends()
+    if not (ends.close or ends.at_end): raise Unverified("no_end_token", "the template ends the last turn of a chat with no special token of this tokenizer, so nothing can be put at the end of a completion")
+    return ends.close or ends.at_end
+
 # %% ../nbs/08b_chat.ipynb #7ee9fd5b
 class Turn(NamedTuple):
     "Where a turn of the assistant lies in a rendered chat."

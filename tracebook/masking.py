@@ -1841,16 +1841,15 @@ def _check_decision(messages: Sequence[Mapping[str, Any]], decision_idx: int) ->
     "ValueError unless an answer of the assistant stands, or could stand, at this place."
     if isinstance(decision_idx, bool) or not isinstance(decision_idx, int) or not 0 < decision_idx <= len(messages): raise ValueError(f"decision_idx={decision_idx!r}; with {len(messages)} messages it is from 1 to {len(messages)}, as a decision needs a context")
     role = messages[decision_idx]["role"] if decision_idx < len(messages) else "assistant"
-    if role not in ("assistant", "agent"): raise ValueError(f"message {decision_idx} is of the role {role!r}; the decision must be the assistant's")
+    if role not in TRAINED_ROLES: raise ValueError(f"message {decision_idx} is of the role {role!r}; the decision must be the assistant's")
 
 # %% ../nbs/09c_compat.ipynb #59749daa
-def _turn_end(tokenizer: Any, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]) -> str:
+def _turn_end(tokenizer: Any, kwargs: Mapping[str, Any]) -> str:
     "The token that a template writes after an answer; ValueError if it writes none."
-    whole = tokenizer.apply_chat_template([*messages, dict(role="assistant", content="tracebook")], tokenize=False, **kwargs)
-    text = whole.rpartition("tracebook")[2].lstrip()
-    ids, added = _ids(tokenizer, [text])[0][:1], tokenizer.added_tokens_decoder
-    if not ids or ids[0] not in added or not text.startswith(added[ids[0]].content): raise ValueError(f"the chat template writes no end token after an answer (it goes on with {_shown(text[:20])!r}); give it as append_eot")
-    return added[ids[0]].content
+    named = {k: kwargs.get(k) for k in ("tools", "chat_template")}
+    template = _template(tokenizer, **named, kwargs={k: v for k, v in kwargs.items() if k not in named})
+    try: return template.special.search(template.last_end())[0]
+    except Unverified as e: raise ValueError(f"there is no end token to take from the chat template ({e.message}); give it as append_eot") from e
 
 # %% ../nbs/09c_compat.ipynb #a6e1e6ac
 @patch
@@ -1871,7 +1870,7 @@ def prepare_from_messages(self: ExampleTokenizer,
     _check_decision(messages, decision_idx)
     before, more = [dict(m) for m in messages[:decision_idx]], dict(template_kwargs or {})
     context = self.tokenizer.apply_chat_template(before, add_generation_prompt=True, **more, tokenize=False)
-    if append_eot is True: append_eot = _turn_end(self.tokenizer, before, more)
+    if append_eot is True: append_eot = _turn_end(self.tokenizer, more)
     return self.prepare_example(TrainingExample(example_id, context, better_response, reason, list(memories or ())), max_len, device, append_eot=append_eot, **kwargs)
 
 # %% ../nbs/09c_compat.ipynb #573932a5
@@ -1979,13 +1978,6 @@ def _given(template: _Template, prompt: str | Sequence[Mapping]) -> str:
         if m["role"] == "user" and isinstance(m.get("content"), str) and m["content"].strip() not in text: raise Unverified("dropped_by_template", f"message {i} of the prompt is not rendered as it stands; it may have to be a list of parts")
     return text
 
-# %% ../nbs/09d_sft.ipynb #048e75d7
-def _last_end(template: _Template) -> str:
-    "The token that ends the last turn of a chat; Unverified if there is none."
-    ends = template.ends()
-    if not (ends.close or ends.at_end): raise Unverified("no_end_token", "the template ends the last turn of a chat with no special token of this tokenizer, so nothing can be put at the end of a completion")
-    return ends.close or ends.at_end
-
 # %% ../nbs/09d_sft.ipynb #15f870aa
 class _Continued(NamedTuple):
     "A prompt and what a model writes after it, before tokenization."
@@ -1999,7 +1991,7 @@ class _Continued(NamedTuple):
 def _continued(template: _Template, prompt: str | Sequence[Mapping], completion: str, eot: float, boundary: str = "start") -> _Continued:
     "A completion behind its prompt; only the end token has a region."
     given, n = _given(template, prompt), 1 if isinstance(prompt, str) else len(prompt)
-    supplied, end = _supplied(given, completion), _last_end(template)
+    supplied, end = _supplied(given, completion), template.last_end()
     recipe = _Recipe(template, [*[dict(role="prompt")] * n, dict(role="assistant")], [0.] * n + [1.], list(range(n + 1)), "error", _Options(), False, {}, False, boundary)
     notes = [f"the prompt supplies {completion[:supplied]!r}"] * bool(supplied) + [f"the completion holds the end token {end!r} itself"] * (end in completion)
     if not template.ends().close: notes.append(f"the template ends only the last turn of a chat with {end!r}")
@@ -2366,7 +2358,7 @@ def prepare_sft(
     place = None if out is None else _place(out, format)
     marked, added = _with_tokens(_tokenizer(tokenizer), add_tokens)
     template = _template(marked, None, chat_template, chat_template_kwargs)
-    if think == "keep": _last_end(template)
+    if think == "keep": template.last_end()
     return _prepare(template, _trace_rows(source, column_map, limit, split), options, added, place, progress)
 
 # %% ../nbs/09d_sft.ipynb #44a58d5e
