@@ -178,12 +178,12 @@ def with_tags(self: _Template, messages: Sequence[Mapping]) -> tuple[str, list[t
 
 # %% ../nbs/08b_chat.ipynb #b90a78c6
 @patch
-def marked(self: _Template, messages: Sequence[Mapping], dummy: bool = False) -> Rendered:
+def marked(self: _Template, messages: Sequence[Mapping], dummy: bool = False, only: int | None = None) -> Rendered: # only: the message that gets marks; None: all
     "A chat rendered with marks, checked against the plain rendering; Unverified if they differ."
     text = None if dummy else self.render(messages)
     for calls in (True, False): # some templates take a tool call apart; then only the rest is marked
         marker = _Marker("" if dummy else text + json.dumps(messages, ensure_ascii=False, default=str), dummy)
-        with_marks = [marker.message(m, i, calls) for i, m in enumerate(messages)]
+        with_marks = [marker.message(m, i, calls) if only in (None, i) else m for i, m in enumerate(messages)]
         try: found = _read_marks(marker, *self.with_tags(with_marks))
         except Unverified:
             if calls: continue
@@ -213,7 +213,7 @@ class Ends(NamedTuple):
 
 def _common(a: str, b: str, special: re.Pattern) -> int:
     "Length of the common beginning of two texts, cutting no special token."
-    n = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    n = len(a) if b.startswith(a) else next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return min([n, *(m.start() for t in (a, b) for m in special.finditer(t) if m.start() < n < m.end())])
 
 # %% ../nbs/08b_chat.ipynb #b43d0c7c
@@ -318,7 +318,7 @@ def compare(self: _Template, messages: Sequence[Mapping], wanted: Iterable[int],
     out: dict[int, Turn | None] = {}
     for i in wanted:
         prompt, out[i] = self.prompt_of(messages, i, found), None
-        alone = self.marked(messages[:i + 1]) if i < len(messages) - 1 else found
+        alone = self.marked(messages[:i + 1], only=i) if i < len(messages) - 1 else found
         if not (found.text.startswith(prompt) and alone.text.startswith(prompt)): continue
         turn = self.turn(messages[:i + 1], i, alone, prompt)
         if not found.text.startswith(alone.text[turn.start:turn.close], turn.start): continue

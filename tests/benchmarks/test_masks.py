@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tracebook.chat import _TEMPLATES
 from tracebook.masking import tokenize_chat, tokenize_chats
 from tracebook.sources import sample_traces
 
@@ -85,6 +86,23 @@ def test_one_chat(benchmark, row, tok):
     row(what, here, f"plain `apply_chat_template`, no mask: {min(many['plain']) * 1000:.1f} ms", slower, "at most 1.6")
     assert faster >= 20
     assert slower <= 1.6
+
+
+def test_a_new_shape(benchmark, row, tok):
+    "50 pairs of turns in a shape that was not seen before: the chat up to each turn is rendered four times, so this grows with the square of the turns."
+    chat = chat_of(PAIRS, 47)
+    def cold():
+        _TEMPLATES.clear()
+        return tokenize_chat(tok, chat)
+    assert cold().labels == tokenize_chat(tok, chat).labels
+    benchmark.pedantic(cold, rounds=2, warmup_rounds=1)
+    times = in_turn(dict(cold=cold, warm=lambda: tokenize_chat(tok, chat), plain=lambda: tok.apply_chat_template(chat, tokenize=True)), 10)
+    first, warm, plain = (min(times[k]) for k in ("cold", "warm", "plain"))
+    what, here = f"`tokenize_chat`, {PAIRS} pairs of turns, a shape seen for the first time", f"{first * 1000:.0f} ms"
+    row(what, here, f"a shape that is known: {warm * 1000:.1f} ms", first / warm, "at most 12")
+    row(what, here, f"plain `apply_chat_template`, no mask: {plain * 1000:.1f} ms", first / plain, "at most 20")
+    assert first / warm <= 12
+    assert first / plain <= 20
 
 
 def test_many_chats(benchmark, row, tok):
