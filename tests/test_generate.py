@@ -1,4 +1,5 @@
 "Generation with eviction against one pass under the dense mask."
+import copy
 import random
 from dataclasses import replace
 
@@ -198,6 +199,15 @@ def test_restart_is_separate_documents(family):
             want = whole[j] if j < x.summary_start else o.logits[j + 1 - P] if j < x.summary_end else None
             assert want is None or (row - want).abs().max() < 1e-9, j
     assert len(o.blocks) == 4
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "olmo3"])
+def test_on_a_gpu(family):
+    "What a GPU writes is compared with one pass on the CPU."
+    model = model_of(family, torch.float32)
+    gpu = copy.deepcopy(model).to("cuda")
+    for name in ("qwen3", "phi4", "restart"):
+        for o in write(gpu, [prompt(1, 4), prompt(2, 3)], [regular(1), odd(3)], POLICIES[name]): check(model, replace(o, logits=o.logits.cpu()), POLICIES[name], tol=1e-3)
 
 def test_tensors_are_really_shorter():
     model, sizes = model_of("qwen3"), []

@@ -154,6 +154,25 @@ def test_flex_is_dense():
     torch.testing.assert_close(logits(model, ids, block, position_ids=positions), dense, atol=1e-4, rtol=0)
 
 
+@pytest.mark.cuda
+def test_flex_on_a_gpu_forward_and_backward():
+    "On a CPU flex attention has no backward pass."
+    ids = some_ids(300)
+    until = column(ids)
+    config = LlamaConfig(**SHAPE | dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)) # heads of 64: the compiled kernel wants 16 at least
+    model, found = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to("cuda"), []
+    for implementation, mask in (("sdpa", memento_mask(until, device="cuda")), ("flex_attention", memento_mask(until, format="flex", device="cuda"))):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        given = torch.tensor([ids], device="cuda")
+        loss = model(input_ids=given, labels=given, attention_mask=mask, use_cache=False).loss
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (dense, dense_grads), (flex, flex_grads) = found
+    assert flex == pytest.approx(dense, rel=1e-3)
+    assert (flex_grads - dense_grads).norm() < 1e-2 * dense_grads.norm()
+
+
 def test_refusals(models):
     until = column(some_ids())
     assert "model_masks" in _refused(models["olmo"], memento_mask(until))
