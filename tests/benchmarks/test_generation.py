@@ -1,4 +1,4 @@
-"Generation with eviction against plain generate of the same tokens: python -m pytest tests/benchmarks/test_generate.py --slow -q."
+"Generation with eviction against plain generate of the same tokens: python -m pytest tests/benchmarks/test_generation.py --slow -q."
 import gc
 import random
 import time
