@@ -58,6 +58,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tracebook.attention.visible_until': ('attention.html#visible_until', 'tracebook/attention.py')},
             'tracebook.book': { 'tracebook.book.Book': ('book.html#book', 'tracebook/book.py'),
                                 'tracebook.book.LiveTrace': ('book.html#livetrace', 'tracebook/book.py'),
+                                'tracebook.book.LiveTrace.__repr__': ('book.html#livetrace.__repr__', 'tracebook/book.py'),
                                 'tracebook.book._accounts': ('book.html#_accounts', 'tracebook/book.py'),
                                 'tracebook.book._as_dataset': ('book.html#_as_dataset', 'tracebook/book.py'),
                                 'tracebook.book._body': ('book.html#_body', 'tracebook/book.py'),

@@ -302,7 +302,7 @@ def _figures(table: pa.Table, blocks: pa.Table) -> list[dict]:
             out.append(dict(id=name, title=title, caption=caption, alt=f"{title}. {caption}", svg=svg))
     return out
 
-# %% ../nbs/15_book.ipynb #4a83c1ba
+# %% ../nbs/15_book.ipynb #48ab99f1
 class LiveTrace(NamedTuple):
     "What a model wrote for the page, and how large its cache was meanwhile."
     output: MementoOutput # text, tokens, and the cache as it was measured
@@ -311,6 +311,8 @@ class LiveTrace(NamedTuple):
     parameters: int # how many it has
     bytes: tuple[int, int] # of its cache: at most, and with everything in it
     verdict: str = "" # whether what it wrote is right, where that is known
+
+    def __repr__(self) -> str: return f"LiveTrace({self.model}: {self.output!r})"
 
 # %% ../nbs/15_book.ipynb #6babbe1f
 def _token_texts(tokenizer: Any, ids: list[int]) -> list[str]: # one for each token; together they are the text
@@ -331,7 +333,7 @@ def _cache_bytes(model: Any, curve: CacheCurve) -> tuple[int, int]: # (at most, 
     held = [size * (curve.occupancy if window is None or curve.windowed is None else curve.windowed) for _, window, size in groups]
     return int(sum(held).max()), sum(size * min(n, window or n) for _, window, size in groups)
 
-# %% ../nbs/15_book.ipynb #7964bf2f
+# %% ../nbs/15_book.ipynb #4fea363d
 def live_trace(
     model: Any = None, # a transformers model; None: the toy
     tokenizer: Any = None, # its tokenizer, with the markers as single tokens
@@ -346,6 +348,7 @@ def live_trace(
     if model is None: (model, tokenizer), prompt, generation_kwargs = load_toy(), prompt or [dict(role="user", content="Σ10")], TOY_SAMPLING | generation_kwargs
     if tokenizer is None or prompt is None: raise ValueError("give the model's tokenizer and a prompt as well")
     out = generate_memento(model, tokenizer, prompt, policy, max_new_tokens, seed=seed, **generation_kwargs)
+    if not isinstance(out, MementoOutput): raise ValueError("the page shows one trace; give one prompt")
     name = tokenizer.name_or_path if isinstance(tokenizer, ToyTokenizer) else model.name_or_path or type(model).__name__
     return LiveTrace(out, _token_texts(tokenizer, out.ids.tolist()), name, model.num_parameters(), _cache_bytes(model, out.curve), _verdict(tokenizer, out.text))
 

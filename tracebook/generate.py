@@ -608,10 +608,11 @@ def __repr__(self: MementoOutput) -> str:
 @patch
 def _repr_html_(self: MementoOutput) -> str: return f"<p>{self!r}</p>{self.trace._repr_html_()}"
 
-# %% ../nbs/10_generate.ipynb #fda56240
+# %% ../nbs/10_generate.ipynb #a2e25659
 def _is_prompt(x: Any) -> bool:
     "Whether this is one prompt: a text, a chat, or token ids."
     if isinstance(x, str): return True
+    if isinstance(x, Mapping): raise ValueError("a prompt is a text, a list of messages or a list of token ids; put a single message into a list, and of what a tokenizer returns give a row of input_ids")
     if hasattr(x, "ndim"): return x.ndim == 1
     if not isinstance(x, Sequence): raise ValueError(f"a prompt is a text, a list of messages or a list of token ids, not {type(x).__name__}")
     return len(x) > 0 and all(isinstance(m, Mapping) for m in x) or len(x) > 0 and all(isinstance(i, (int, np.integer)) for i in x)
@@ -673,11 +674,13 @@ def _processors(policy: ContextPolicy, token_ids: Mapping[str, int], given: Any,
     "Those of the caller, and the limit for blocks after them."
     return LogitsProcessorList([*(given or []), *([BlockCap(policy.max_block_tokens, token_ids, start)] if policy.max_block_tokens else [])])
 
-# %% ../nbs/10_generate.ipynb #1185c35a
+# %% ../nbs/10_generate.ipynb #975accf9
 def _criteria(tokenizer: Any, kwargs: dict) -> list:
     "Stopping criteria of the caller; strings are looked for here, as `generate` does not hand a tokenizer on."
     strings = kwargs.pop("stop_strings", None)
-    return [*(kwargs.pop("stopping_criteria", None) or []), *([StopStringCriteria(tokenizer, strings)] if strings else [])]
+    try: stops = [StopStringCriteria(tokenizer, strings)] if strings else []
+    except ValueError as e: raise ValueError(f"stop_strings need a tokenizer that can write any text, and this one cannot ({e}); give stopping_criteria") from e
+    return [*(kwargs.pop("stopping_criteria", None) or []), *stops]
 
 # %% ../nbs/10_generate.ipynb #49b4d9d1
 @contextmanager
@@ -703,7 +706,7 @@ def generate(self: MementoDecoding, model: Any, tokenizer: Any, prompts: list[li
     with _seeded(seed, model.device):
         return model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, custom_generate=self, logits_processor=processors, stopping_criteria=_criteria(tokenizer, kwargs), **kwargs)
 
-# %% ../nbs/10_generate.ipynb #bbcd7d9d
+# %% ../nbs/10_generate.ipynb #9a1876ee
 def generate_memento(
     model: Any, # a transformers model that writes text
     tokenizer: Any, # its tokenizer, which must have the four markers as single tokens
@@ -714,7 +717,7 @@ def generate_memento(
     *,
     summary_end_sees_block: bool = True, # True: the evicting token may still see the block (training); False: it may not (serving)
     prompt_blocks: str = "causal", # finished blocks in the prompt: "causal", "mask" or "ignore"
-    seed: int | None = None, # of sampling
+    seed: int | None = None, # of sampling, which do_sample=True asks for
     output_logits: bool = False, # keep the logits
     **generation_kwargs: Any, # anything else for `model.generate`
 ) -> MementoOutput | list[MementoOutput]: # a list for a list of prompts; ValueError for what cannot be done

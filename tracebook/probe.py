@@ -79,16 +79,16 @@ def _sight(policy: ContextPolicy, mementos: int) -> tuple[torch.Tensor, torch.Te
     keep = keep[keep <= places.figures[mementos - 1, -1]]
     return keep, memento_mask(until)[:, :, keep[:, None], keep], torch.searchsorted(keep, places.figures[:mementos])
 
-# %% ../nbs/11a_probe.ipynb #a7a9cda2
+# %% ../nbs/11a_probe.ipynb #3809f309
 @torch.inference_mode()
 def memento_states(
     model: Any, # of `load_toy`
     ids: torch.LongTensor, # [n, length], of `probe_chains`
-    policy: ContextPolicy = QWEN3, # what the model may see
+    policy: ContextPolicy | str = QWEN3, # what the model may see
     mementos: int = 10, # of how many mementos; what comes after them is not fed
 ) -> torch.Tensor: # float32 [n, mementos, layers, features]; features: three figures, each with its keys and values
     "Keys and values at the figures of the mementos."
-    keep, mask, figures = _sight(policy, mementos)
+    keep, mask, figures = _sight(ContextPolicy.of(policy), mementos)
     positions = keep[None].expand(len(ids), -1)
     out = model(input_ids=ids[:, keep], position_ids=positions, attention_mask=mask, use_cache=True, logits_to_keep=1)
     states = [torch.stack([l.keys[:, :, figures], l.values[:, :, figures]], 1) for l in out.past_key_values.layers] # n, 2, heads, mementos, 3, 32
@@ -108,7 +108,7 @@ def attention_on_target(
     finally: model.set_attn_implementation(implementation)
     return max(float(a[:, :, block.summary_end + 1:, block.block_start + 1:block.block_end].max()) for a in out.attentions)
 
-# %% ../nbs/11a_probe.ipynb #4b6e9a53
+# %% ../nbs/11a_probe.ipynb #8e979ce8
 def text_floor(
     digits: int, # how many digits the known sum is of
 ) -> float: # from 0.1 to 1
@@ -117,7 +117,7 @@ def text_floor(
     for _ in range(digits - 1): others = np.convolve(others, np.full(10, .1)) # chances of the sum of the others
     return sum(.1 * max(others[s - d] for d in range(10) if 0 <= s - d < len(others)) for s in range(9 * digits + 1))
 
-# %% ../nbs/11a_probe.ipynb #cabc407e
+# %% ../nbs/11a_probe.ipynb #f3574f3f
 def split_by_label(
     digits: torch.LongTensor, # [n, 5]
 ) -> dict[str, np.ndarray]: # "train", "validation", "test" -> numbers of chains
@@ -127,7 +127,7 @@ def split_by_label(
     part = np.digitize(np.argsort(order)[label], [70_000, 80_000])
     return {name: np.flatnonzero(part == i) for i, name in enumerate(("train", "validation", "test"))}
 
-# %% ../nbs/11a_probe.ipynb #2430f43f
+# %% ../nbs/11a_probe.ipynb #40b7fcfe
 class Probe(nn.Module):
     "Reads five digits from the states of a memento."
     def __init__(self, features: int):
@@ -138,7 +138,7 @@ class Probe(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.heads(self.body(x)).unflatten(-1, (5, 10)) # [n, digits, 10]
 
-# %% ../nbs/11a_probe.ipynb #0b390082
+# %% ../nbs/11a_probe.ipynb #0b522480
 class _Part(NamedTuple):
     "Features and digits of one part."
     x: torch.Tensor # float32 [n, features]
@@ -154,7 +154,7 @@ def _parts(x: np.ndarray, digits: torch.LongTensor, split: Mapping[str, np.ndarr
     for part in out.values(): part.x.sub_(mean).div_(std)
     return out
 
-# %% ../nbs/11a_probe.ipynb #74c0e55c
+# %% ../nbs/11a_probe.ipynb #1737aadf
 def _fit(net: Probe, train: _Part, validation: _Part) -> tuple[int, int]: # (best epoch, epochs)
     "Train until the validation loss rises, and put the best weights in."
     plan, lowest, best = PROBE_PLAN, float("inf"), (0, {})
@@ -170,7 +170,7 @@ def _fit(net: Probe, train: _Part, validation: _Part) -> tuple[int, int]: # (bes
     net.load_state_dict(best[1])
     return best[0], epoch
 
-# %% ../nbs/11a_probe.ipynb #21f54196
+# %% ../nbs/11a_probe.ipynb #58b9c782
 def run_probe(
     x: np.ndarray, # float32 [n, features], of `probe_features`
     digits: torch.LongTensor, # [n, 5]
@@ -185,17 +185,18 @@ def run_probe(
     with torch.inference_mode(): right = net(parts["test"].x).argmax(-1) == parts["test"].y
     return dict(right=int(right.sum()), n=right.numel(), by_digit=right.sum(0).tolist(), best_epoch=best, epochs=epochs, seconds=round(time.perf_counter() - began, 1))
 
-# %% ../nbs/11a_probe.ipynb #6ed643b6
+# %% ../nbs/11a_probe.ipynb #db2fd033
 def probe_features(
     states: np.ndarray, # [n, mementos, layers, features], of `memento_states`
     place: str, # one of PLACES
     layers: str, # one of LAYERS
 ) -> np.ndarray: # [n, 768], or [n, 3072] for "all"
-    "The states of one memento."
+    "The states of one memento; KeyError for an unknown place, ValueError for unknown layers."
+    if layers not in LAYERS: raise ValueError(f"layers={layers!r}; choose one of {', '.join(LAYERS)}")
     one = states[:, PLACES[place] - 1]
     return one.reshape(len(one), -1) if layers == "all" else one[:, int(layers) - 1]
 
-# %% ../nbs/11a_probe.ipynb #9da61551
+# %% ../nbs/11a_probe.ipynb #c3c27ad7
 PROBE_CELLS = [(place, layers) for place, layers in product(PLACES, LAYERS) if place in ("control", "direct", "+1") or layers in ("4", "all")]
 
 class _Store:
@@ -205,7 +206,7 @@ class _Store:
     def done(self) -> int: # chains
         return int(self.mark.read_text()) if self.mark.exists() and self.path.exists() else 0
 
-# %% ../nbs/11a_probe.ipynb #c4b619f3
+# %% ../nbs/11a_probe.ipynb #227a75ea
 def _stored_states(model: Any, ids: torch.LongTensor, run: str, path: Path, progress: bool = False, chunk: int = 500) -> np.ndarray: # as `memento_states` for all chains
     "The states of all chains, from disk as far as they are there."
     store = _Store(path, len(ids))
@@ -218,7 +219,7 @@ def _stored_states(model: Any, ids: torch.LongTensor, run: str, path: Path, prog
         write_whole(store.mark, str(rows.stop))
     return out
 
-# %% ../nbs/11a_probe.ipynb #a72fd448
+# %% ../nbs/11a_probe.ipynb #e3bd2cd2
 def _weights(model: Any) -> str:
     "A fingerprint of the weights."
     digest = hashlib.sha256()
@@ -234,7 +235,7 @@ def _begun(path: Path, chains: int, model: Any) -> dict:
     if differ: raise ValueError(f"{path} is a table with other {', '.join(differ)}; give another file, or take it away")
     return there
 
-# %% ../nbs/11a_probe.ipynb #a901d0f2
+# %% ../nbs/11a_probe.ipynb #e58d2439
 def probe_table(
     out: str | Path, # file of the table, JSON; the states go into a folder beside it
     chains: int = 50_000, # how many
@@ -245,12 +246,13 @@ def probe_table(
     model, out = model or load_toy()[0], Path(out)
     table, (ids, digits), folder = _begun(out, chains, model), probe_chains(chains), out.with_suffix(".states")
     split = split_by_label(digits)
+    if not all(map(len, split.values())): raise ValueError(f"{chains} chains are too few: each of the parts for training, validation and test needs some (1,000 are a reasonable least)")
     table["parts"] = {name: len(rows) for name, rows in split.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for run in RUNS: _run_cells(table, run, model, (ids, digits, split), folder, out, progress)
     return table
 
-# %% ../nbs/11a_probe.ipynb #747691b7
+# %% ../nbs/11a_probe.ipynb #9bdc4fca
 def _run_cells(table: dict, run: str, model: Any, data: tuple, folder: Path, out: Path, progress: bool) -> None:
     "The cells of one run."
     wanted = [(p, l) for p, l in PROBE_CELLS if f"{run} {p} {l}" not in table["cells"]]
@@ -263,7 +265,7 @@ def _run_cells(table: dict, run: str, model: Any, data: tuple, folder: Path, out
         write_whole(out, json.dumps(table, indent=1))
         if progress: tqdm.write(f"{run} {place} {layers}: {Share.of(cell['right'], cell['n'])} after {cell['epochs']} epochs, {cell['seconds']} s")
 
-# %% ../nbs/11a_probe.ipynb #c610c6dd
+# %% ../nbs/11a_probe.ipynb #2dfcc5d2
 def probe_share(
     table: Mapping, # of `probe_table`
     run: str, # one of RUNS
@@ -272,10 +274,13 @@ def probe_share(
     confidence: float = .95, # of the interval
 ) -> Share: # of the digits in the test part
     "What a cell of the table says."
-    cells = [table["cells"][f"{run} {p} {layers}"] for p in ([place] if isinstance(place, str) else place)]
+    names = [f"{run} {p} {layers}" for p in ([place] if isinstance(place, str) else place)]
+    missing = [n for n in names if n not in table["cells"]]
+    if missing: raise ValueError(f"the table has no cell {missing[0]!r}; it has: {', '.join(table['cells'])}")
+    cells = [table["cells"][n] for n in names]
     return Share.of(sum(c["right"] for c in cells), sum(c["n"] for c in cells), confidence)
 
-# %% ../nbs/11a_probe.ipynb #d7695d2e
+# %% ../nbs/11a_probe.ipynb #7ee71492
 def load_probe_table(
     path: str | Path | None = None, # of a table; None: that of the package
 ) -> dict: # as `probe_table`
@@ -283,13 +288,13 @@ def load_probe_table(
     path = Path(str(files("tracebook"))) / "toy_model" / "kv_channel.json" if path is None else Path(path)
     return json.loads(path.read_text(encoding="utf-8"))
 
-# %% ../nbs/11a_probe.ipynb #70cfe9d8
+# %% ../nbs/11a_probe.ipynb #249d2c15
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the command line
 ) -> None:
     "The command `python -m tracebook.probe`."
     p = argparse.ArgumentParser(prog="python -m tracebook.probe", description="Ask the keys and values of the toy's mementos for the digits of a block that is gone: the whole table. An interrupted run goes on where it was.")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table (JSON); the states, 120 KB a chain and run, go into a folder beside it, which can be deleted afterwards")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table (JSON); the states, 120 KB a chain and run (12 GB for 50,000 chains), go into a folder beside it, which can be deleted afterwards")
     p.add_argument("--chains", type=int, default=50_000, help="chains (default 50,000)")
     p.add_argument("--model", metavar="DIR", help="folder of python -m tracebook.toy --train (default: the model of the package)")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -297,5 +302,5 @@ def main(
     if args.threads: torch.set_num_threads(args.threads)
     probe_table(args.out, args.chains, load_toy(folder=args.model)[0])
 
-# %% ../nbs/11a_probe.ipynb #7f8f7f9b
+# %% ../nbs/11a_probe.ipynb #10a89dc0
 if __name__ == "__main__": main()

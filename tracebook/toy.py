@@ -267,13 +267,15 @@ def toy_batch(
     ids[:, lesson.figures] = torch.from_numpy(_figures(_draw(n, seed, blocks))) + _CODE["0"]
     return dict(input_ids=ids, labels=ids.where(lesson.told, torch.tensor(-100)), attention_mask=_mask(blocks))
 
-# %% ../nbs/11_toy.ipynb #b653d76f
+# %% ../nbs/11_toy.ipynb #9c12823c
 _SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
 
 def toy_config(
     **changes, # any setting of `Qwen3Config`, such as hidden_size=32
 ) -> Qwen3Config:
     "The shape of the toy."
+    unknown = changes.keys() - Qwen3Config().to_dict().keys()
+    if unknown: raise ValueError(f"Qwen3Config has no setting {', '.join(sorted(unknown))}")
     ids = dict(pad_token_id=_CODE[_PAD], bos_token_id=_CODE[_BOS], eos_token_id=_CODE[_END])
     return Qwen3Config(**dict(vocab_size=len(_WORDS), max_position_embeddings=1024, tie_word_embeddings=True, **ids, **_SHAPE) | changes)
 
@@ -409,13 +411,13 @@ class ToyScore(NamedTuple):
 
     def __repr__(self) -> str: return f"mementos {self.mementos}\nchains   {self.chains}"
 
-# %% ../nbs/11_toy.ipynb #1c4004ee
+# %% ../nbs/11_toy.ipynb #d66b603c
 def _right(ids: torch.Tensor, blocks: int) -> torch.BoolTensor: # [n, length]
     "Which tokens are what the digits of their chain ask for."
     lesson = _lesson(blocks)
     digits = ids[:, lesson.digits] - _CODE["0"]
     wanted = lesson.ids.repeat(len(ids), 1)
-    wanted[:, lesson.figures] = torch.from_numpy(_figures(digits.clamp(0, 9).reshape(len(ids), blocks, -1).numpy())) + _CODE["0"]
+    wanted[:, lesson.figures] = torch.from_numpy(_figures(digits.clamp(0, 9).reshape(len(ids), blocks, _PER_BLOCK).numpy())) + _CODE["0"]
     right = ids == wanted
     right[:, lesson.digits] = (digits >= 0) & (digits <= 9)
     return right
@@ -430,7 +432,7 @@ def _score(ids: torch.Tensor, blocks: int) -> ToyScore:
     tried = (until_here + 1).clamp(max=blocks)
     return ToyScore(Share.of(int(until_here.sum()), int(tried.sum())), Share.of(int(right.all(1).sum()), len(ids)))
 
-# %% ../nbs/11_toy.ipynb #c6650b41
+# %% ../nbs/11_toy.ipynb #c1528fdc
 def evaluate_toy(
     model: Any, # of `load_toy`
     tokenizer: Any, # its tokenizer
@@ -441,6 +443,7 @@ def evaluate_toy(
     policy: ContextPolicy | str = QWEN3, # when blocks go while it writes; it was trained under this one
 ) -> ToyScore: # ValueError for another tokenizer
     "Let the model write chains on its own, forgetting as it goes, and count what is right."
+    if n < 0: raise ValueError(f"n must be at least 0, got {n}")
     if dict(tokenizer.get_vocab()) != _CODE: raise ValueError("this is not the toy's tokenizer; take both from load_toy")
     return _score(_write(model, tokenizer, n, seed, blocks, policy), blocks)
 
@@ -482,14 +485,14 @@ def _card(run: _Run, scores: Mapping[str, ToyScore]) -> dict:
         final_loss=run.curve[-1][1], loss=[dict(step=k + 1, labels=round(a, 6), digits=round(b, 6)) for k, a, b in points],
         sampling=TOY_SAMPLING, scores={k: _plain(s) for k, s in scores.items()}, versions=_versions())
 
-# %% ../nbs/11_toy.ipynb #eb3dc2e1
+# %% ../nbs/11_toy.ipynb #bf05504d
 def _card_text(card: Mapping) -> str:
     "The card in short, for people."
     rows = "\n".join(f"| {dtype} | {Share(**s['mementos'])} | {Share(**s['chains'])} |" for dtype, s in card["scores"].items())
     return f"""# {card['name']}
 
 A Memento model of {card['parameters']:,} parameters, trained from nothing by `python -m tracebook.toy --train` on {card['sequences']:,} chains of {card['blocks']} blocks
-({card['tokens']:,} tokens, none seen twice; seed {card['seed']}) under the policy "{card['policy']}", in {card['seconds'] / 60:.0f} minutes of wall clock with {_count(card['threads'], 'CPU thread')}. Final loss {card['final_loss']:.2g}.
+({card['tokens']:,} tokens, drawn anew at every step; seed {card['seed']}) under the policy "{card['policy']}", in {card['seconds'] / 60:.0f} minutes of wall clock with {_count(card['threads'], 'CPU thread')}. Final loss {card['final_loss']:.2g}.
 It knows the traces of `toy_traces` and nothing else; its tokenizer refuses other text.
 
 Written by the model itself, digits included, with evicted blocks physically gone (95 % intervals):
@@ -501,12 +504,12 @@ Written by the model itself, digits included, with evicted blocks physically gon
 Versions: {', '.join(f'{k} {v}' for k, v in card['versions'].items())}. The loss curve is in `card.json`.
 """
 
-# %% ../nbs/11_toy.ipynb #cc7a644f
+# %% ../nbs/11_toy.ipynb #86870a97
 def train_toy(
     out_dir: str | Path, # folder for the model, its card and the checkpoint; made if need be
     *,
     seed: int = 0, # of weights and chains
-    sequences: int = 9_600, # chains to train on, none of them twice
+    sequences: int = 9_600, # chains to train on, drawn anew for every step; rounded up to whole batches
     batch_size: int = 16, # chains a step
     lr: float = 2e-3, # highest learning rate
     blocks: int = 10, # of a chain
@@ -518,7 +521,7 @@ def train_toy(
 ) -> dict: # the card; ValueError if the checkpoint is of another run
     "Train the toy from nothing, under its mask, and write model, tokenizer and card."
     plan = _Plan(seed, sequences, batch_size, lr, blocks, dict(shape or {}))
-    if min(sequences, batch_size, checkpoint_every) < 1: raise ValueError("sequences, batch_size and checkpoint_every must be at least 1")
+    if min(sequences, batch_size, checkpoint_every) < 1 or evaluate < 0: raise ValueError("sequences, batch_size and checkpoint_every must be at least 1, evaluate at least 0")
     out = Path(out_dir)
     _lesson(blocks), out.mkdir(parents=True, exist_ok=True)
     run = _train(plan, out / "checkpoint.pt", resume, checkpoint_every, progress)
