@@ -34,9 +34,9 @@ from .trace import CODES, Issue, Trace, check_utf8, register_codes
 from .memento import MEMENTO_TOKENS, build_memento, parse_memento
 
 # %% auto #0
-__all__ = ['COLUMNS', 'FULL_COLUMNS', 'Shard', 'sample_traces', 'sample_zoo', 'make_traces', 'check_arithmetic', 'Unreadable',
-           'BadRow', 'UnreadableRows', 'LoadReport', 'load_report', 'load_traces', 'read_rows', 'FullReport',
-           'check_full', 'full_pass_rates', 'open_whole', 'write_whole']
+__all__ = ['COLUMNS', 'FULL_COLUMNS', 'THOUGHT_COLUMNS', 'Shard', 'sample_traces', 'sample_zoo', 'make_traces',
+           'check_arithmetic', 'make_trees', 'Unreadable', 'BadRow', 'UnreadableRows', 'LoadReport', 'load_report',
+           'load_traces', 'read_rows', 'FullReport', 'check_full', 'full_pass_rates', 'open_whole', 'write_whole']
 
 # %% ../nbs/02_sources.ipynb #0bd40b32
 COLUMNS = pa.schema([("problem", pa.string()), ("response", pa.string()), ("domain", pa.string()),
@@ -44,9 +44,11 @@ COLUMNS = pa.schema([("problem", pa.string()), ("response", pa.string()), ("doma
 FULL_COLUMNS = pa.schema([*COLUMNS, ("sentences", pa.list_(pa.string())), ("blocks", pa.list_(pa.list_(pa.int64()))),
     ("block_summaries", pa.list_(pa.string()))]) # config "full"
 
-def _schema(config: str | None) -> pa.Schema:
-    if config not in (None, "default", "full"): raise ValueError(f"config {config!r} is unknown; choose default or full")
-    return FULL_COLUMNS if config == "full" else COLUMNS
+THOUGHT_COLUMNS = pa.schema([("text", pa.string()), *(c for c in COLUMNS if c.name != "response"), ("answer", pa.string())]) # thought trees
+
+def _schema(config: str | None, known: tuple = ("default", "full")) -> pa.Schema:
+    if config not in (None, *known): raise ValueError(f"config {config!r} is unknown; choose {' or '.join(known)}")
+    return dict(full=FULL_COLUMNS, thoughts=THOUGHT_COLUMNS).get(config, COLUMNS)
 
 # %% ../nbs/02_sources.ipynb #cda18fe0
 def _bundled(name: str) -> list[dict]:
@@ -54,10 +56,10 @@ def _bundled(name: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 def sample_traces(
-    config: str = "default", # "default": the five columns; "full": with `sentences`, `blocks`, `block_summaries`
-) -> Dataset: # 24 rows
-    "The bundled corpus in the columns of OpenMementos."
-    rows, schema = _bundled("sample.jsonl"), _schema(config)
+    config: str = "default", # "default": the five columns; "full": with `sentences`, `blocks`, `block_summaries`; "thoughts": thought trees
+) -> Dataset: # 24 rows; 16 of "thoughts", with `text` in place of `response`, and with `answer`
+    "The bundled corpus in the columns of OpenMementos, or the bundled thought trees."
+    rows, schema = _bundled("thoughts.jsonl" if config == "thoughts" else "sample.jsonl"), _schema(config, ("default", "full", "thoughts"))
     return Dataset(pa.Table.from_pylist([{k: r[k] for k in schema.names} for r in rows], schema=schema), info=DatasetInfo(dataset_name="the bundled sample"))
 
 # %% ../nbs/02_sources.ipynb #72522f76
@@ -153,6 +155,153 @@ def check_arithmetic(
     "Recompute statements `a * b = c`, also with +, - and mod, between plain integers; longer chains are left alone."
     found = list(_EQUATION.finditer(text))
     return len(found), [m[0] for m in found if m[2] == "mod" and not int(m[3]) or _OPERATIONS[m[2]](int(m[1]), int(m[3])) != int(m[4])]
+
+# %% ../nbs/02_sources.ipynb #38d204bd
+class _Rule(NamedTuple):
+    "A made problem: x -> (x * a + b) mod m, applied `turns` times."
+    start: int # in [2, m)
+    a: int # in [3, 97]
+    b: int # in [1, 99]
+    m: int # a prime of three digits
+    turns: int # at least 1
+    domain: str # key of `_TREE_PROBLEMS`
+    marks: bool # whether products and sums carry calculator marks
+
+_TREE_PROBLEMS = { # domain -> what one turn is called, the problem
+    "math": ("step", "Start with x = {start}. In each step multiply x by {a}, add {b}, and keep the remainder on division by {m}. What is x after {turns}?"),
+    "code": ("pass", "What does this program print?\nx = {start}\nfor i in range({n}):\n    x = (x * {a} + {b}) % {m}\nprint(x)"),
+    "science": ("interval", "A dial has {m} marks, numbered from 0, and its hand stands at x = {start}. In each interval the reading is multiplied by {a}, then {b} is added, going round. Where does the hand stand after {turns}?"),
+}
+_PRIMES = [p for p in range(101, 1000) if all(p % d for d in range(2, 32))]
+
+# %% ../nbs/02_sources.ipynb #af7de8e0
+_SHAPES = ("wide", "deep", "bushy")
+
+def _make_rule(rng: Random, shape: str, n: int) -> _Rule:
+    "A problem for a tree of `n` nodes."
+    turns = {"wide": _pick(rng, 1, 3), "deep": 3 * n // 5, "bushy": min(n // 2, _pick(rng, 1 + n.bit_length() // 2, 2 + n.bit_length()))}[shape]
+    m = _PRIMES[_pick(rng, 0, len(_PRIMES) - 1)]
+    return _Rule(_pick(rng, 2, m - 1), _pick(rng, 3, 97), _pick(rng, 1, 99), m, max(1, min(turns, n - 2)),
+        list(_TREE_PROBLEMS)[_pick(rng, 0, 2)], rng.random() < .5)
+
+def _turns(rule: _Rule) -> str:
+    word = _TREE_PROBLEMS[rule.domain][0]
+    return f"{rule.turns} {word}" + ("" if rule.turns == 1 else "es" if word == "pass" else "s")
+
+# %% ../nbs/02_sources.ipynb #5f84f65e
+_SLIPS = ("product", "sum", "remainder", "forgotten", "order")
+
+def _equations(rule: _Rule, x: int, slip: str = "", d: int = 0) -> tuple[list[str], int, str]:
+    "(equations of one turn from `x`, the value they lead to, what is wrong with them); `d` is the size of a slip, 0 < |d| <= 100."
+    a, b, m, p, q = rule.a, rule.b, rule.m, x * rule.a, x * rule.a + rule.b
+    eq = lambda l, op, r, y: f"{l} {op} {r} = {f'<<{l}{op}{r}={y}>>' if rule.marks and op != 'mod' else ''}{y}"
+    if slip == "forgotten": return [eq(x, "*", a, p), eq(p, "mod", m, p % m)], p % m, f"{b} is not added: {p} + {b} = {q}"
+    if slip == "order":
+        y = (x + b) * a
+        return [eq(x, "+", b, x + b), eq(x + b, "*", a, y), eq(y, "mod", m, y % m)], y % m, f"the product comes before the sum: {x} * {a} = {p}, then {p} + {b} = {q}"
+    d = abs(d) if p < 100 else d # nothing gets negative
+    wrong_p = p + d * (slip == "product")
+    wrong_q = wrong_p + b + d * (slip == "sum")
+    y = (wrong_q + d * (slip == "remainder")) % m
+    flaws = dict(product=f"{x} * {a} = {p}, not {wrong_p}", sum=f"{p} + {b} = {q}, not {wrong_q}", remainder=f"{q} mod {m} = {q % m}, not {y}")
+    return [eq(x, "*", a, wrong_p), eq(wrong_p, "+", b, wrong_q), eq(wrong_q, "mod", m, y)], y, flaws.get(slip, "")
+
+# %% ../nbs/02_sources.ipynb #fd8cb1b6
+class _Claim(NamedTuple):
+    "What a node of a growing tree hands on."
+    k: int # turns done
+    x: int # value after them, right or wrong
+    flaw: str # a true sentence on what is wrong; "" if nothing is
+    critic: bool # whether the node judges its father
+
+def _tell(rng: Random, rule: _Rule, k: int, equations: list[str], x: int) -> str:
+    "A step in words."
+    word = _TREE_PROBLEMS[rule.domain][0]
+    opening = (f"{word.capitalize()} {k}: ", f"In {word} {k}, ", f"For {word} {k}, ")[_pick(rng, 0, 2)]
+    return f"{opening}{(', ', '; ', ', then ')[_pick(rng, 0, 2)].join(equations)}. {('So', 'Now', 'After it')[_pick(rng, 0, 2)]} x is {x}."
+
+# %% ../nbs/02_sources.ipynb #c3c42cba
+def _child(rng: Random, rule: _Rule, values: list[int], at: _Claim, straight: bool) -> tuple[str, str, str, _Claim | None]:
+    "(type tag, text, rating, claim) of a child; `straight`: the right next step. `values` holds the right value after each turn. A conclusion has no claim."
+    k, x, flaw, word, r = at.k, at.x, at.flaw, _TREE_PROBLEMS[rule.domain][0], 1. if straight else rng.random()
+    if k and not at.critic and r < (.45 if flaw else .2):
+        said = f"{word.capitalize()} {k} is wrong: {flaw}." if flaw else f"{word.capitalize()} {k} is right: {', '.join(_equations(rule, values[k - 1])[0])}."
+        return "<critic>", " " + said, "unknown", at._replace(critic=True)
+    if flaw and r < .8:
+        again, y, _ = _equations(rule, values[k - 1])
+        return "<refine>", f" Once more from x = {values[k - 1]}. {_tell(rng, rule, k, again, y)}", "positive", _Claim(k, y, "", False)
+    if k == rule.turns: return "<conclusion>", f" After {_turns(rule)} x is {x}. The answer is \\box{{{x}}}.", "negative" if flaw else "positive", None
+    slip = _SLIPS[_pick(rng, 0, 4)] if not flaw and not straight and rng.random() < .3 else ""
+    told, y, wrong = _equations(rule, x, slip, (1, 2, 10, 20, 100)[_pick(rng, 0, 4)] * (1 - 2 * _pick(rng, 0, 1)))
+    if flaw: wrong = f"it starts from a wrong value, after {word} {k} x is {values[k]}, not {x}"
+    return "", f" {_tell(rng, rule, k + 1, told, y)} ", "negative" if wrong else "positive", _Claim(k + 1, y, wrong, False)
+
+# %% ../nbs/02_sources.ipynb #35c900d6
+def _father(rng: Random, shape: str, open: list[int], closed: set[int], tip: int) -> int:
+    "The father of the next node; closed ones that are met leave `open`. The root is never closed."
+    if shape == "wide" and rng.random() < .5: return 0
+    if shape == "deep" and rng.random() < .9: return tip
+    while True:
+        j = _pick(rng, max(0, len(open) - 16) if shape == "deep" else 0, len(open) - 1)
+        if open[j] not in closed: return open[j]
+        open[j] = open[-1]
+        open.pop()
+
+# %% ../nbs/02_sources.ipynb #ea4eb17c
+def _grow(rng: Random, rule: _Rule, n: int, shape: str) -> Iterator[tuple[int, str, str, str | None]]:
+    "(father, type tag, text, rating) of the nodes of one tree."
+    values = [rule.start]
+    for _ in range(rule.turns): values.append((values[-1] * rule.a + rule.b) % rule.m)
+    yield -1, "<problem>", _problem(rule) + " ", None
+    claims, open, closed, tip, best, done = {0: _Claim(0, rule.start, "", False)}, [0], set(), 0, 0, False # best: a right node that is furthest
+    for i in range(1, n):
+        straight = not done and n - i <= rule.turns - claims[best].k + 1
+        father = best if straight else _father(rng, shape, open, closed, tip)
+        tag, text, rating, claim = _child(rng, rule, values, claims[father], straight)
+        yield father, tag, text, rating
+        if claim is None: closed.add(father); done |= rating == "positive"
+        else:
+            claims[i] = claim
+            open.append(i)
+            if not claim.flaw and claim.k > claims[best].k: best = i
+        if father == tip: tip = i if claim else 0
+
+def _problem(rule: _Rule) -> str: return _TREE_PROBLEMS[rule.domain][1].format(**rule._asdict() | dict(turns=_turns(rule), n=rule.turns))
+
+# %% ../nbs/02_sources.ipynb #a6436ba7
+def _tree_text(nodes: Iterable[tuple[int, str, str, str | None]], sep: str) -> str:
+    "(father, type tag, text, rating) of each node in the layout of OpenLongCoT."
+    rated = lambda r: f"<start_of_rating><{r}_rating><end_of_rating>" if r else ""
+    return sep.join(f"<start_of_father_id>{father}<end_of_father_id><start_of_local_id>{i}<end_of_local_id><start_of_thought>{tag}{text}<end_of_thought>{rated(r)}"
+        for i, (father, tag, text, r) in enumerate(nodes))
+
+# %% ../nbs/02_sources.ipynb #59e36bc5
+def _tree_row(seed: int, i: int, nodes: int | None, shape: str | None, sep: str) -> dict:
+    "Row `i` of the trees with this seed."
+    rng = Random(f"tracebook tree {seed} {i}")
+    n, shape = nodes or _pick(rng, 8, 30), shape or _SHAPES[_pick(rng, 0, 2)]
+    rule = _make_rule(rng, shape, n)
+    answer = rule.start
+    for _ in range(rule.turns): answer = (answer * rule.a + rule.b) % rule.m
+    return dict(text=_tree_text(_grow(rng, rule, n, shape), sep), problem=_problem(rule), domain=rule.domain, source=f"tracebook make_trees seed {seed}",
+        difficulty=None, answer=str(answer))
+
+# %% ../nbs/02_sources.ipynb #7884a51f
+def make_trees(
+    n: int, # number of trees
+    seed: int = 0, # the same seed gives the same bytes on every platform
+    nodes: int | None = None, # nodes a tree, 1 or more; None: 8 to 30 at random
+    shape: str | None = None, # "wide", "deep" or "bushy"; None: all three at random
+    sep: str = " ", # between nodes: " " as in the data, or "\n" as in the code of OpenLongCoT
+) -> Dataset: # columns of `sample_traces("thoughts")`; row i depends on the arguments but n, and on i, alone
+    "Thought trees with ratings that are right by construction, in time proportional to their nodes."
+    if shape not in (None, *_SHAPES): raise ValueError(f"shape {shape!r} is unknown; choose one of {', '.join(_SHAPES)}")
+    if sep not in (" ", "\n"): raise ValueError(f"sep must be a space or a newline, got {sep!r}")
+    if n < 0 or nodes is not None and nodes < 1: raise ValueError("n must be at least 0 and nodes at least 1")
+    size = max(1, 50_000 // (nodes or 30)) # rows a batch
+    row = lambda i: _tree_row(seed, i, nodes, shape, sep)
+    batches = [pa.RecordBatch.from_pylist([row(i) for i in range(at, min(at + size, n))], schema=THOUGHT_COLUMNS) for at in range(0, n, size)]
+    return Dataset(pa.Table.from_batches(batches, schema=THOUGHT_COLUMNS))
 
 # %% ../nbs/02_sources.ipynb #b7e171fd
 register_codes("file", "error", {
