@@ -10,7 +10,7 @@ from bisect import bisect_left
 from functools import cache
 from heapq import heappop, heappush
 from itertools import accumulate, chain, repeat
-from typing import Iterable, Mapping, NamedTuple, Sequence
+from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from fastcore.basics import patch
@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from .trace import DIALECTS, Dialect, Issue, Span, Trace, _adjacent_pairs, register_codes
 
 # %% auto #0
-__all__ = ['MEMENTO_TOKENS', 'TokenBlock', 'parse_memento_ids', 'parse_memento', 'MementoStream', 'detect_dialect', 'parse',
-           'build_memento']
+__all__ = ['MEMENTO_TOKENS', 'READERS', 'TokenBlock', 'parse_memento_ids', 'parse_memento', 'MementoStream', 'detect_dialect',
+           'parse', 'build_memento']
 
 # %% ../nbs/01_memento.ipynb #88f39ec6
 MEMENTO_TOKENS = tuple(DIALECTS["memento"].roles) # the six markers of Memento
@@ -645,12 +645,15 @@ def _any_tag() -> tuple[re.Pattern, dict[str, str]]:
     return re.compile("|".join(map(re.escape, sorted(owner, key=len, reverse=True)))), owner
 
 # %% ../nbs/01_memento.ipynb #d2b073f1
+READERS: dict[str, tuple[Callable[[str], bool], Callable[[str], Trace]]] = {} # dialects that other modules read: name -> (whether a text is written in it, its reader)
+
 def detect_dialect(
     text: str, # a response
     relaxed: bool = False, # whether other spellings of the thinking tags count
 ) -> str: # a key of `DIALECTS`
     "Which dialect a text is written in, by its markers."
     if any(m in text for m in MEMENTO_TOKENS[2:]): return "memento"
+    if found := next((name for name, (holds, _) in READERS.items() if holds(text)), None): return found
     pattern, owner = _any_tag()
     if m := pattern.search(text): return owner[m[0]]
     return "think" if relaxed and _scanner("think", True).pattern.search(text) else "text"
@@ -664,6 +667,7 @@ def parse(
     "Read a response in whatever linear dialect it is written."
     if not isinstance(text, str): raise TypeError(f"a trace is read from a str, got {type(text).__name__}")
     name = dialect or detect_dialect(text, options.get("relaxed", False))
+    if name in READERS: return READERS[name][1](text)
     if name not in DIALECTS: raise ValueError(f"dialect {name!r} is unknown; choose one of {', '.join(DIALECTS)}")
     if name == "text" and options.get("assume_thinking"): name = "think"
     return _read(text, _Options(**options, dialect=name))

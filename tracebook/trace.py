@@ -193,6 +193,7 @@ def _role(dialect: str, marker: str) -> str | None:
 @patch(as_prop=True)
 def sections(self: Trace) -> tuple[Span, ...]: # spans of kind "section", markers excluded
     "The stretches of reasoning between thinking tags; the last is incomplete if it was never closed."
+    if (dialect := DIALECTS.get(self.dialect)) and dialect.think is None: return ()
     out, opened, kinds = [], None, {s.kind for s in self.spans}
     for span in self.spans:
         role = _role(self.dialect, self.text_of(span)) if span.kind == "marker" else None
