@@ -864,7 +864,7 @@ def test_a_rating_that_was_read_has_no_value():
 
 def test_ids_of_added_nodes_do_not_repeat():
     "A tree that was read goes on with numbers that it does not use yet."
-    tree = parse_thoughts(" ".join([ROOT, node(0, 7, "a"), node(0, 3, "b"), node(7, 3, "c")]))
+    tree = parse_thoughts(" ".join([ROOT, node(0, 7, "a"), node(0, 4, "b"), node(7, 4, "c")]))
     used = {n.local_id for n in tree}
     one = tree.add(tree.nodes[1], "d", rating="positive")
     two = tree.add(one, "e", rating="positive")
