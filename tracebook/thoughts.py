@@ -61,7 +61,7 @@ register_codes("thoughts", "info", {
 
 # %% ../nbs/03_thoughts.ipynb #b9956ccc
 register_codes("thoughts", "warn", {
-    "bad_id": "The number of a node or of its father is no integer of at most 18 digits; it is read as None.",
+    "bad_id": "The number of a node or of its father is no integer of at most 64 digits; it is read as None.",
     "bad_rating": "A rating is empty, unknown or not closed; it is read as None, and its text is kept.",
     "doubled_header": "A thought begins with the header of its own node once more; the inner one counts.",
     "duplicate_id": "An earlier node has the same number; both are kept.",
@@ -129,7 +129,7 @@ class ThoughtNode:
         return _integer(self.tree._cell(self.index, 0))
 
 # %% ../nbs/03_thoughts.ipynb #345f4bfc
-_INTEGER = re.compile("-?[0-9]{1,18}")
+_INTEGER = re.compile("-?[0-9]{1,64}")
 
 def _integer(printed: str) -> int | None: return int(printed) if _INTEGER.fullmatch(printed) else None
 
@@ -180,7 +180,7 @@ def info(self: ThoughtNode) -> dict: # any data that JSON can hold; kept by `to_
 
 @patch(as_prop=True)
 def hint(self: ThoughtNode) -> str | None: # text between `<hint>` and `</hint>`
-    "The hint that stood after the node, if one did; it is never written."
+    "The hint that stood after the node, if one did and was closed; it is never written."
     return self.tree._hints.get(self.index)
 
 @patch(as_prop=True)
@@ -300,13 +300,13 @@ def __repr__(self: ThoughtTree) -> str:
 # %% ../nbs/03_thoughts.ipynb #400e85bf
 class _Grammar:
     "The expressions of the format, for one spelling of its markers."
-    def __init__(self, spell: Callable[[str], str] = str, plain: str = "[^<]"):
+    def __init__(self, spell: Callable[[str], str] = str, plain: str = f"(?:[^<]|<(?!{'|'.join(m[1:] for m in _MARKERS)}))"):
         one = self.spell = {m: spell(m) for m in _MARKERS}
         some = lambda *names: "|".join(re.escape(one[n]) for n in names)
         self.header = re.compile(f"{some(_F)}({plain}{{0,64}}){some(_f)}{some(_L)}({plain}{{0,64}}){some(_l)}")
         self.open, self.tag, self.any = re.compile(rf"\s*+{some(_T)}"), re.compile(some(*_TAGS)), re.compile(some(*_MARKERS))
         self.end, self.after = re.compile(some(_E, _R)), re.compile(some(_E, _R, "<hint>")) # what ends a thought; what may follow one
-        self.rated = re.compile(some(_r, _R, _T, _E, "<hint>")) # what ends a rating
+        self.rated, self.hinted = re.compile(some(_r, _R, _T, _E, "<hint>")), re.compile(some("</hint>", "<hint>", _R, _E)) # what ends a rating, and a hint
         self.types = {one[tag]: tag for tag in _TAGS}
 
 _TEXT = _Grammar()
@@ -462,13 +462,13 @@ def rating(self: _Reader, text: str, m: re.Match, stop: int) -> tuple[str, Span,
 @patch
 def hint(self: _Reader, text: str, m: re.Match, stop: int) -> int:
     "A hint; returns where it ends."
-    closer = self.g.spell["</hint>"]
-    end = text.find(closer, m.end(), stop)
-    closed, last = end >= 0, end if end >= 0 else stop
+    end = self.g.hinted.search(text, m.end(), stop)
+    closed, last = end is not None and end[0] == self.g.spell["</hint>"], end.start() if end else stop
     self.put("marker", *m.span())
     self.put("hint", m.end(), last, closed)
-    self.hints.setdefault(len(self.rows), text[m.end():last])
-    if closed: self.put("marker", last, last := last + len(closer))
+    if closed:
+        self.hints.setdefault(len(self.rows), text[m.end():last])
+        self.put("marker", last, last := end.end())
     self.note("hint_between_nodes", m.start(), last)
     return last
 
@@ -817,7 +817,7 @@ def add(self: ThoughtTree,
     parent: ThoughtNode | int, # a node of this tree, or its position
     text: str, # the thought, without a tag; ValueError if it holds markers that would end it
     *,
-    type: str = "expansion", # one of `THOUGHT_TYPES`
+    type: str | None = None, # one of `THOUGHT_TYPES`; None: an expansion
     rating: str | None = None, # "positive", "negative", "unknown", or None
     value: float | None = None, # log-probability; it is written as a rating where `rating` is None
     tag: bool | None = None, # whether the tag is printed; None: all but <expansion>, which is not among the published tokens
@@ -826,7 +826,7 @@ def add(self: ThoughtTree,
     parent = self.nodes[parent] if isinstance(parent, int) else parent
     if not isinstance(parent, ThoughtNode): raise TypeError(f"the parent must be a node or a position, got {parent.__class__.__name__}")
     if parent.tree is not self: raise ValueError("the parent is a node of another tree")
-    if type not in THOUGHT_TYPES: raise ValueError(f"type {type!r} is unknown; choose one of {', '.join(THOUGHT_TYPES)}")
+    if (type := "expansion" if type is None else type) not in THOUGHT_TYPES: raise ValueError(f"type {type!r} is unknown; choose one of {', '.join(THOUGHT_TYPES)}")
     if rating is not None and rating not in RATING_TOKENS: raise ValueError(f"rating {rating!r} is unknown; choose one of {', '.join(RATING_TOKENS)}")
     if self._holders.get(parent.local_id) != parent.index: raise ValueError(f"number {parent.local_id} of the parent does not lead back to it; see renumbered()")
     printed = f"<{type}>" if (type != "expansion" if tag is None else tag) else ""
@@ -1046,6 +1046,7 @@ def _from_upstream(data: Mapping[str, Any]) -> ThoughtTree:
 
 # %% ../nbs/03_thoughts.ipynb #0afc56ce
 register_codes("file", "info", {"other_file": "A file of a kind that is not read here, in a folder that is."})
+register_codes("file", "error", {"empty_folder": "The folder holds no file."})
 
 def _tree_of_row(row: Any, column: str) -> ThoughtTree:
     "A tree from one row; BadRow if it holds none."
@@ -1089,12 +1090,12 @@ _KINDS = (".txt", ".json", ".jsonl", ".ndjson")
 def read_trees(
     path: str | Path, # a file (.txt: one tree; .json, .jsonl: rows or saved trees), or a folder of them
     column: str = "text", # where a row has its text
-) -> tuple[list[ThoughtTree], list[Unreadable]]: # trees in the order of the files, and what could not be read; FileNotFoundError if nothing is there
+) -> tuple[list[ThoughtTree], list[Unreadable]]: # trees in the order of the files, and what could not be read; FileNotFoundError for a path that does not exist
     "All trees of a file or a folder."
     path, trees, issues = Path(path), [], []
     if not path.exists(): raise FileNotFoundError(f"no file or folder {path}")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    if not files: raise FileNotFoundError(f"no file in {path}")
+    if not files: issues.append(Unreadable(path.name, "empty_folder", "the folder holds no file"))
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         if path.is_dir() and file.suffix.lower() not in _KINDS: issues.append(Unreadable(name, "other_file", f"{file.suffix or 'no suffix'} is not one of {', '.join(_KINDS)}"))
