@@ -257,19 +257,19 @@ def _word_ids(tokenizer: Any, word: str) -> list[int]:
     inside, alone = (tokenizer.encode(w, add_special_tokens=False) for w in (" " + word, word))
     return inside if len(inside) <= len(alone) else alone
 
-# %% ../nbs/06_tokens.ipynb #21408694
-def _related_mean(tokenizer: Any, role: str, rows: Any) -> Any:
+# %% ../nbs/06_tokens.ipynb #3b8f495b
+def _related_mean(tokenizer: Any, role: str, rows: Any, first: int) -> Any: # first: number of rows that are there for certain
     "Mean over the related words of a marker, each the mean of its tokens' rows; float32."
     words = [rows[ids].float().mean(0) for w in RELATED_WORDS[role] if (ids := _word_ids(tokenizer, w))]
-    return sum(words) / len(words) if words else rows[:min(tokenizer.convert_tokens_to_ids(list(MEMENTO_TOKENS)))].float().mean(0) # a tokenizer of digits knows no words
+    return sum(words) / len(words) if words else rows[:first].float().mean(0) # a tokenizer of digits knows no words
 
-# %% ../nbs/06_tokens.ipynb #14207b85
+# %% ../nbs/06_tokens.ipynb #c9865381
 def _fill(tokenizer: Any, ids: dict[str, int], rows: Any, noise: Any, std: float = .01) -> None:
     "Write the rows of new tokens, all from the old ones."
     import torch
     fresh = {}
     for role, i in ids.items():
-        mean = _related_mean(tokenizer, role, rows)
+        mean = _related_mean(tokenizer, role, rows, min(ids.values()))
         fresh[i] = mean + std * torch.randn(mean.shape, generator=noise).to(mean.device) if std and mean.ndim else mean
     for i, row in fresh.items(): rows[i] = row.to(rows.dtype)
 
@@ -295,9 +295,9 @@ def _initialise(tokenizer: Any, model: Any, ids: dict[str, int], init: str, seed
         if head is not None and getattr(head, "bias", None) is not None: _fill(tokenizer, ids, head.bias, noise, 0)
     return untied
 
-# %% ../nbs/06_tokens.ipynb #68216a25
+# %% ../nbs/06_tokens.ipynb #ab958e20
 class MementoTokens(NamedTuple):
-    "What `add_memento_tokens` found and did."
+    "What `add_memento_tokens`, or its like for other markers, found and did."
     ids: dict[str, int] # role -> id of each marker
     added: tuple[str, ...] # markers that the tokenizer did not have as one token
     special: dict[str, bool] # marker -> whether `skip_special_tokens` leaves it out
@@ -307,25 +307,44 @@ class MementoTokens(NamedTuple):
     with_model: bool = False # whether there was a model
 
     def __repr__(self) -> str:
-        says = [f"{m}: id {self.ids[_ROLES[m]]}, {'added' if m in self.added else 'was there'}, {'special' if self.special[m] else 'ordinary'}{', row written' if m in self.initialised else ', row left as it was' if self.with_model else ''}" for m in self.special]
+        says = [f"{m}: id {self.ids[_ROLES.get(m, m)]}, {'added' if m in self.added else 'was there'}, {'special' if self.special[m] else 'ordinary'}{', row written' if m in self.initialised else ', row left as it was' if self.with_model else ''}" for m in self.special]
         size = [f"embeddings: {self.resized[0]:,} → {self.resized[1]:,} rows"] if self.resized else []
         return "\n".join(says + size + (["the output head is separate; its rows were written too"] if self.untied and self.initialised else []))
 
-# %% ../nbs/06_tokens.ipynb #1aa15d73
-def _add_missing(tokenizer: Any) -> tuple[str, ...]:
-    "Add the markers that are not one token: those of blocks and mementos as special tokens, thinking tags as ordinary ones."
+# %% ../nbs/06_tokens.ipynb #9c2b2e19
+def _add_missing(tokenizer: Any, ordinary: Sequence[str], special: Sequence[str]) -> tuple[str, ...]:
+    "Add the markers that are not one token."
     from tokenizers import AddedToken
-    missing = tuple(m for m in MEMENTO_TOKENS if _single(tokenizer, m) is None)
+    markers = (*ordinary, *special)
+    missing = tuple(m for m in markers if _single(tokenizer, m) is None)
     before = {i: t for t, i in tokenizer.get_vocab().items()} if missing else {}
-    for special, group in ((False, MEMENTO_TOKENS[:2]), (True, MEMENTO_TOKENS[2:])):
-        tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for m in group if m in missing], special_tokens=special)
+    for kind, group in ((False, ordinary), (True, special)):
+        tokenizer.add_tokens([AddedToken(m, special=kind, normalized=False) for m in group if m in missing], special_tokens=kind)
     for m in missing:
         if before.get(i := tokenizer.convert_tokens_to_ids(m), m) != m: raise ValueError(f"{m} got the id {i}, which is that of {before[i]!r}: the vocabulary has holes")
-    broken = [m for m in MEMENTO_TOKENS if _single(tokenizer, m) is None]
+    broken = [m for m in markers if _single(tokenizer, m) is None]
     if broken: raise ValueError(f"{tokenizer_name(tokenizer)} does not make one token of {', '.join(broken)}, even when it is added")
     return missing
 
-# %% ../nbs/06_tokens.ipynb #e5db5a78
+# %% ../nbs/06_tokens.ipynb #1f287d5c
+def _add_markers(tokenizer: Any, model: Any, roles: Mapping[str, str], ordinary: Sequence[str], init: str, seed: int, note: str) -> MementoTokens: # marker -> role
+    "Make markers single tokens, and give a model vectors for them."
+    if init not in ("mean", "normal"): raise ValueError(f"init={init!r} is unknown; choose mean or normal")
+    added = _add_missing(tokenizer, ordinary, [m for m in roles if m not in ordinary])
+    ours = tokenizer.__dict__.setdefault("_memento_added", set()) # markers that this tokenizer object has from us
+    ours.update(added)
+    ids = {r: _single(tokenizer, m) for m, r in roles.items()}
+    left_out = {i for i in ids.values() if not tokenizer.decode([i], skip_special_tokens=True)}
+    special = {m: ids[r] in left_out for m, r in roles.items()}
+    if model is None: return MementoTokens(ids, added, special, None, (), False)
+    resized, known = _grow(model, len(tokenizer)), set(getattr(model.config, note, None) or ())
+    new_row = lambda i: resized is not None and i >= resized[0]
+    fresh = tuple(m for m, r in roles.items() if new_row(ids[r]) or m in ours and ids[r] not in known)
+    untied = _initialise(tokenizer, model, {roles[m]: ids[roles[m]] for m in fresh}, init, seed) if fresh else False
+    if fresh: setattr(model.config, note, sorted(known | {ids[roles[m]] for m in fresh}))
+    return MementoTokens(ids, added, special, resized, fresh, untied, True)
+
+# %% ../nbs/06_tokens.ipynb #bce6620c
 def add_memento_tokens(
     tokenizer: Any, # gets what it lacks, in place
     model: Any = None, # a transformers model; gets rows for the new tokens, in place
@@ -333,20 +352,7 @@ def add_memento_tokens(
     seed: int = 0, # of the noise
 ) -> MementoTokens: # what was done; ValueError if a marker does not become one token
     "Make the markers of Memento single tokens, and give a model vectors for them (microsoft/memento, docs/memento.pdf, section 4). Doing it again changes nothing."
-    if init not in ("mean", "normal"): raise ValueError(f"init={init!r} is unknown; choose mean or normal")
-    added = _add_missing(tokenizer)
-    ours = tokenizer.__dict__.setdefault("_memento_added", set()) # markers that this tokenizer object has from us
-    ours.update(added)
-    ids = {_ROLES[m]: _single(tokenizer, m) for m in MEMENTO_TOKENS}
-    left_out = {i for i in ids.values() if not tokenizer.decode([i], skip_special_tokens=True)}
-    special = {m: ids[_ROLES[m]] in left_out for m in MEMENTO_TOKENS}
-    if model is None: return MementoTokens(ids, added, special, None, (), False)
-    resized, known = _grow(model, len(tokenizer)), set(getattr(model.config, "memento_token_ids", None) or ())
-    new_row = lambda m: resized is not None and ids[_ROLES[m]] >= resized[0]
-    fresh = tuple(m for m in MEMENTO_TOKENS if new_row(m) or m in ours and ids[_ROLES[m]] not in known)
-    untied = _initialise(tokenizer, model, {_ROLES[m]: ids[_ROLES[m]] for m in fresh}, init, seed) if fresh else False
-    if fresh: model.config.memento_token_ids = sorted(known | {ids[_ROLES[m]] for m in fresh})
-    return MementoTokens(ids, added, special, resized, fresh, untied, True)
+    return _add_markers(tokenizer, model, {m: _ROLES[m] for m in MEMENTO_TOKENS}, MEMENTO_TOKENS[:2], init, seed, "memento_token_ids")
 
 # %% ../nbs/06_tokens.ipynb #31a66dd6
 def _copy(tokenizer: Any) -> Any:
