@@ -22,7 +22,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from . import __version__
-from .trace import CODES, ContextPolicy, Issue, Pair, Trace, _count, _inside, visible
+from .trace import CODES, DIALECTS, ContextPolicy, Issue, Pair, Trace, _count, _inside, visible
 from .memento import parse
 from .sources import COLUMNS, LoadReport, load_report, load_traces, write_whole
 from .compress import _apart, _united, _without, find_evictions, sawtooth
@@ -84,7 +84,9 @@ def render_trace(
 ) -> None:
     "Show one trace: counts, issues, each pair with sizes and ratio, the final answer."
     trace = response if isinstance(response, Trace) else parse(response)
-    none, empty = Text("none: the reasoning was never closed", "italic red"), Text("empty", "italic yellow")
+    dialect = DIALECTS.get(trace.dialect)
+    none = Text("none: this dialect marks no answer", "dim") if dialect and not (dialect.think or dialect.answer) else Text("none: the reasoning was never closed", "italic red")
+    empty = Text("empty", "italic yellow")
     answer = none if trace.answer is None else _cut(trace.answer, 2 * width) if trace.answer.strip() else empty
     parts = [_headline(trace), *map(_issue_line, trace.issues), *_body(trace, width), Text("\nFinal answer", "bold green"), answer]
     (console or Console(highlight=False)).print(Group(*parts))
