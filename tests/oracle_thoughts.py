@@ -26,7 +26,7 @@ none and the table no row (a stray end, a half header, two ratings, two thoughts
 other than a type inside a thought, a header without a thought, a thought before the first header that is not the rest
 of a header), text between nodes, a doubled header outside the root or without its `<start_of_thought>`, a tuple whose
 second half has another form or that stands inside the root's thought, white space inside headers and ratings, digits
-that are not ASCII, ids of more than 4,000 digits, local ids of -1. Such texts must still be reported (`broken`), unless
+that are not ASCII, ids of more than 64 characters, local ids of -1. Such texts must still be reported (`broken`), unless
 only white space or digits make them differ from the grammar.
 
 By the letter, and therefore demanded: a type tag after a space is text (`type_in_text`); an unclosed thought goes up to
@@ -167,7 +167,7 @@ def number(printed):
     "The id as an integer, or None for what is no integer."
     if printed.removeprefix("-").isdigit() and not printed.isascii() or printed != printed.strip() and printed.strip():
         raise Undecided("an id that some may take for an integer")
-    if len(printed) > 4000:
+    if len(printed) > 64:
         raise Undecided("an id that not every integer type holds")
     if not re.fullmatch("-?[0-9]+", printed):
         return None

@@ -551,7 +551,7 @@ def test_bad_id(bad):
     assert "duplicate_id" not in codes(tree), "None is no id"
 
 
-@pytest.mark.parametrize("printed, value", [("007", 7), ("-0", 0), ("12345678901234567890", 12345678901234567890)])
+@pytest.mark.parametrize("printed, value", [("007", 7), ("-0", 0), ("12345678901234567890", 12345678901234567890), ("9" * 64, 10**64 - 1)])
 def test_integers_of_all_kinds(printed, value):
     tree = check_all(node(-1, printed, "q", PROBLEM, None))
     assert tree.root.local_id == value and codes(tree) == []
@@ -580,6 +580,11 @@ def test_bad_rating(bad):
     tree = expect(ROOT + " " + node(0, 1, rating=bad) + " " + node(1, 2), "bad_rating")
     assert tree.nodes[1].rating is None and tree.nodes[1].text == "x" and len(tree) == 3
     assert any(s.kind == "rating" and bad in tree.trace.text[s.start : s.end] for s in tree.trace.spans)
+
+
+def test_an_open_hint_swallows_no_rating():
+    tree = check_all(ROOT + " " + header(0, 1) + T + "x" + T_END + HINT + " Try" + rated(NEGATIVE) + " " + node(0, 2))
+    assert (tree.nodes[1].rating, tree.nodes[1].hint, len(tree)) == ("negative", None, 3) and "hint_between_nodes" in codes(tree)
 
 
 def test_missing_rating():
