@@ -309,7 +309,7 @@ class _Sampler(LogitsProcessor):
 _STRUCTURE = re.compile("|".join(map(re.escape, THOUGHT_TOKENS[:11]))) # what cannot stand in a thought
 _LEADING = re.compile("|".join(f"<({m[1:-1]})>" for m in META_ACTIONS))
 
-def _stops(tokenizer: Any, model: Any) -> list[int]: # ids; the first is that of <end_of_thought>
+def _stops(tokenizer: Any, model: Any) -> list[int]: # ids; the first is that of `<end_of_thought>`
     ids, ends = thought_token_ids(tokenizer), [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
     flat = [i for e in ends if e is not None for i in (e if isinstance(e, (list, tuple)) else [e])]
     return [*dict.fromkeys([ids["<end_of_thought>"], *(ids[t] for t in THOUGHT_TOKENS[:11]), *flat])]
@@ -642,10 +642,11 @@ def sampling_meta_action(
     num: int = 2, # how many
     generator: np.random.Generator | int = 0, # of random numbers, or a seed
     *,
-    actions: Sequence[str] = META_ACTIONS, # kinds to choose from
+    actions: Sequence[str] | None = None, # kinds to choose from; None: all of `META_ACTIONS`
     entries: str = "sum", # of `transition_matrix`
 ) -> list[str]: # of `actions`
     "Draw kinds for new children of a node."
+    actions = META_ACTIONS if actions is None else actions
     row = transition_matrix(node.tree, entries)[META_ACTIONS.index(f"<{node.type}>")]
     weights = np.cumsum([row[META_ACTIONS.index(_tag(a))] for a in actions])
     drawn = np.searchsorted(weights, np.random.default_rng(generator).random(num) * weights[-1], "right")

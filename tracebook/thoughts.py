@@ -53,7 +53,7 @@ register_codes("thoughts", "error", {
 register_codes("thoughts", "info", {
     "empty_thought": "A thought has no text.",
     "hint_between_nodes": "A hint stands after a node; hints belong to prompts, so it is not written again.",
-    "rating_misspelled": "The rating is spelled <unknow_rating>; it is read as unknown.",
+    "rating_misspelled": "The unknown rating is spelled in the older way, without its second n; it is read as unknown.",
     "rating_word": "The rating is one of the words True, False and None.",
     "root_rated": "The root has a rating, as in texts that the code wrote; in the data it has none.",
     "type_in_text": "The tag of a type stands in the middle of a thought; it stays text.",
@@ -68,7 +68,7 @@ register_codes("thoughts", "warn", {
     "forward_father": "The father comes later in the text.",
     "missing_rating": "A node other than the root has no rating.",
     "missing_root": "No node has the father -1.",
-    "missing_thought_start": "No <start_of_thought> follows a header; the thought starts right after it.",
+    "missing_thought_start": "No thought is opened after a header; it starts right after it.",
     "multiple_roots": "Another node before this one has the father -1.",
     "orphan_father": "No node has the number of the father.",
     "self_father": "A node is its own father or its own ancestor; it has no parent.",
@@ -140,7 +140,7 @@ def type(self: ThoughtNode) -> str: # one of `THOUGHT_TYPES`
     return _TAGS.get(self.tree._cell(self.index, 2), "expansion")
 
 @patch(as_prop=True)
-def tag(self: ThoughtNode) -> str: # such as "<critic>", or ""
+def tag(self: ThoughtNode) -> str: # such as "`<critic>`", or ""
     "The tag as it is printed, if it is."
     return self.tree._cell(self.index, 2)
 
@@ -741,7 +741,7 @@ def _marker_letters(token_ids: Mapping[str, int]) -> dict[int, str]:
 # %% ../nbs/03_thoughts.ipynb #7288db0c
 def parse_thought_ids(
     ids: Sequence[int], # token ids of the whole text: list, numpy array or 1-D tensor
-    token_ids: Mapping[str, int], # marker -> id, for all of `THOUGHT_TOKENS`; others such as <expansion> or <hint> if they are one token
+    token_ids: Mapping[str, int], # marker -> id, for all of `THOUGHT_TOKENS`; others such as `<expansion>` or `<hint>` if they are one token
     decode: Callable[[list[int]], str] | None = None, # of the tokenizer; None: the numbers are not read
 ) -> list[TokenThought]: # in the order of the text
     "Thoughts in token ids, by the same grammar."
@@ -820,7 +820,7 @@ def add(self: ThoughtTree,
     type: str | None = None, # one of `THOUGHT_TYPES`; None: an expansion
     rating: str | None = None, # "positive", "negative", "unknown", or None
     value: float | None = None, # log-probability; it is written as a rating where `rating` is None
-    tag: bool | None = None, # whether the tag is printed; None: all but <expansion>, which is not among the published tokens
+    tag: bool | None = None, # whether the tag is printed; None: all but `<expansion>`, which is not among the published tokens
 ) -> ThoughtNode: # with the next free number
     "A new node below another."
     parent = self.nodes[parent] if isinstance(parent, int) else parent
