@@ -167,10 +167,11 @@ def value(self: ThoughtNode) -> float | None: # None: not known
     "Log-probability that the thought is good; it can be set."
     return self.tree._values.get(self.index)
 
-@patch(set_prop=True)
-def value(self: ThoughtNode, value: float | None):
-    if value is None: self.tree._values.pop(self.index, None)
-    else: self.tree._values[self.index] = float(value)
+def _set_value(node: ThoughtNode, value: float | None) -> None:
+    if value is None: node.tree._values.pop(node.index, None)
+    else: node.tree._values[node.index] = float(value)
+
+ThoughtNode.value = ThoughtNode.value.setter(_set_value)
 
 # %% ../nbs/03_thoughts.ipynb #2fcab1ef
 @patch(as_prop=True)
