@@ -31,10 +31,7 @@ from .memento import _partial, _scanner, parse
 from .sources import COLUMNS, LoadReport, UnreadableRows, _batches_of_rows, _find_files, load_traces
 
 # %% auto #0
-__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'TOKEN_COLUMNS', 'COLUMN_MEANINGS', 'PAPER', 'PAPER_ROWS', 'measure', 'trace_table',
-           'block_table', 'bootstrap_median', 'Summary', 'summarize', 'Published', 'compare_with_paper',
-           'plot_block_counts', 'plot_sizes', 'plot_ratios', 'plot_block_against_memento', 'plot_ratio_by_position',
-           'plot_all']
+__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'TOKEN_COLUMNS', 'COLUMN_MEANINGS', 'PAPER', 'PAPER_ROWS', 'measure', 'trace_table', 'block_table', 'bootstrap_median', 'Summary', 'summarize', 'Published', 'compare_with_paper', 'plot_block_counts', 'plot_sizes', 'plot_ratios', 'plot_block_against_memento', 'plot_ratio_by_position', 'plot_all', 'TREE_COLUMNS', 'TREE_MEANINGS', 'tree_table']
 
 # %% ../nbs/07_stats.ipynb #30d0ed18
 _WIDE_SPACES = tuple(c.encode() for c in map(chr, range(128, 0x3001)) if c.isspace()) # UTF-8 of the white space beyond ASCII
@@ -807,3 +804,388 @@ def plot_all(
     fig = plot_ratio_by_position(blocks)
     if not any(len(line.get_xdata()) for line in fig.axes[0].lines): return plt.close(fig) # too few blocks for this one
     yield "position", "Along the trace", "The ratio from the beginning of a trace (left) to its end (right): median, and quartiles where there are ten blocks or more.", fig
+
+# %% ../nbs/07a_trees.ipynb #ca3010f6
+import json
+from typing import Mapping
+
+from datasets import IterableDataset
+
+from .sources import BadRow, Unreadable
+from .thoughts import RATING_TOKENS, THOUGHT_TYPES, ThoughtTree, _COLOURS as _RATING_COLOURS, _E, _F, _L, _R, _T, _f, _l, _r, _Regular, _tree_of_row, parse_thoughts
+
+# %% ../nbs/07a_trees.ipynb #bcce243a
+_RATINGS = (*RATING_TOKENS, "none") # the ratings of a thought, and that it has none
+_grid = lambda inner: pa.struct([(t, pa.struct([(n, pa.int64()) for n in inner])) for t in THOUGHT_TYPES])
+TREE_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("nodes", pa.int64()), ("roots", pa.int64()), ("depth", pa.int64()),
+    ("leaves", pa.int64()), ("branching", pa.float64()), ("max_width", pa.int64()), ("chars", pa.int64()), ("thought_chars", pa.int64()),
+    ("type_ratings", _grid(_RATINGS)), ("transitions", _grid(THOUGHT_TYPES)), ("duplicate_ids", pa.int64()), ("orphans", pa.int64()), ("missing_ratings", pa.int64()),
+    ("duplicate_rate", pa.float64()), ("orphan_rate", pa.float64()), ("missing_rate", pa.float64()), ("issues", pa.list_(pa.string()))]) # columns of `tree_table`
+
+# %% ../nbs/07a_trees.ipynb #0cc7a035
+TREE_MEANINGS = dict( # name -> meaning, of the columns of `tree_table`
+    row="number of the row in what was given, from 0; a row that could not be read is left out", domain="of the row, null if it has none", source="of the row",
+    nodes="nodes", roots="nodes with the father -1", depth="steps from a top to the deepest node, null without a node", leaves="nodes without children",
+    branching="children of a node that has any, on average; null if none has", max_width="most nodes at one depth, null without a node", chars="characters of the text, null for a tree that was not read from one",
+    thought_chars="characters of all thoughts, without the tags of their types", type_ratings="nodes by type, then rating; `none`: not rated, or not with a rating that is known",
+    transitions="pairs of parent and child by type of the parent, then type of the child", duplicate_ids="nodes with the number of an earlier node",
+    orphans="nodes without a parent whose father is not -1", missing_ratings="nodes other than roots without a rating", duplicate_rate="duplicate_ids / nodes", orphan_rate="orphans / nodes",
+    missing_rate="missing_ratings / nodes other than roots", issues="codes of all issues, in the order of the text")
+
+# %% ../nbs/07a_trees.ipynb #64951077
+class _Forest(NamedTuple):
+    "Trees of a batch, their nodes end to end."
+    rows: np.ndarray # number of each tree in the batch
+    sizes: np.ndarray # nodes of each tree
+    roots: np.ndarray # how many of them have the father -1
+    chars: np.ndarray # characters of each text; -1: there is none
+    up: np.ndarray # [node]: index of the parent, or the node's own
+    kind: np.ndarray # [node]: index in `THOUGHT_TYPES`
+    rating: np.ndarray # [node]: index in `_RATINGS`
+    said: np.ndarray # [node]: characters of the thought
+    issues: list[list[str]] # codes of each tree
+
+# %% ../nbs/07a_trees.ipynb #2afefec1
+def _depths_of(up: np.ndarray) -> np.ndarray:
+    "Steps from each node to its top."
+    at, depth = up, (up != np.arange(len(up))).astype(np.int64)
+    while (more := depth[at]).any(): depth, at = depth + more, at[at]
+    return depth
+
+def _tops(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray: # -1 where there is none
+    "The largest value of each stretch."
+    out, some = np.full(len(sizes), -1), sizes > 0
+    if some.any(): out[some] = np.maximum.reduceat(values, starts[some])
+    return out
+
+# %% ../nbs/07a_trees.ipynb #1b6e3f6a
+class _Shape(NamedTuple):
+    "What the links of each tree say; -1 stands for undefined."
+    depth: np.ndarray
+    leaves: np.ndarray
+    edges: np.ndarray # nodes with a parent
+    width: np.ndarray # most nodes at one depth
+
+def _shape(f: _Forest, tree: np.ndarray, below: np.ndarray) -> _Shape:
+    "`tree`: of each node; `below`: whether it has a parent."
+    n, depth, total = len(f.sizes), _depths_of(f.up), lambda which: np.bincount(tree[which], minlength=len(f.sizes))
+    deepest = _tops(depth, np.cumsum(f.sizes) - f.sizes, f.sizes)
+    first = np.cumsum(deepest + 1) - deepest - 1
+    widths = np.bincount(first[tree] + depth, minlength=0)
+    children = np.bincount(f.up[below], minlength=len(f.up))
+    return _Shape(deepest, total(children == 0), total(below), _tops(widths, first, deepest + 1))
+
+# %% ../nbs/07a_trees.ipynb #5033aa48
+def _nested_counts(tree: np.ndarray, outer: np.ndarray, inner: np.ndarray, n: int, names: tuple[str, ...]) -> pa.StructArray:
+    "Counts by tree, type and a second property as a nested column."
+    size = len(THOUGHT_TYPES) * len(names)
+    counts = np.bincount((tree * len(THOUGHT_TYPES) + outer) * len(names) + inner, minlength=n * size).reshape(n, size).T
+    columns = iter([pa.array(np.ascontiguousarray(c)) for c in counts])
+    return pa.StructArray.from_arrays([pa.StructArray.from_arrays([next(columns) for _ in names], names) for _ in THOUGHT_TYPES], THOUGHT_TYPES)
+
+def _share(a: np.ndarray, b: np.ndarray) -> pa.Array: return _ratio(np.asarray(a), np.asarray(b))
+
+# %% ../nbs/07a_trees.ipynb #c4dca152
+def _tree_columns(f: _Forest) -> dict[str, pa.Array]:
+    "The columns of the table but `row`, `domain` and `source`."
+    n, tree = len(f.sizes), np.repeat(np.arange(len(f.sizes)), f.sizes)
+    below = f.up != np.arange(len(f.up))
+    shape, codes = _shape(f, tree, below), [Counter(codes) for codes in f.issues]
+    duplicate, missing = (np.array([c[code] for c in codes], np.int64) for code in ("duplicate_id", "missing_rating"))
+    orphans = f.sizes - shape.edges - f.roots
+    return dict(nodes=pa.array(f.sizes), roots=pa.array(f.roots), depth=_optional(shape.depth), leaves=pa.array(shape.leaves), branching=_share(shape.edges, f.sizes - shape.leaves),
+        max_width=_optional(shape.width), chars=_optional(f.chars), thought_chars=pa.array(np.bincount(tree, f.said, n).astype(np.int64)),
+        type_ratings=_nested_counts(tree, f.kind, f.rating, n, _RATINGS), transitions=_nested_counts(tree[below], f.kind[f.up[below]], f.kind[below], n, THOUGHT_TYPES),
+        duplicate_ids=pa.array(duplicate), orphans=pa.array(orphans), missing_ratings=pa.array(missing), duplicate_rate=_share(duplicate, f.sizes),
+        orphan_rate=_share(orphans, f.sizes), missing_rate=_share(missing, f.sizes - f.roots), issues=pa.array(f.issues, pa.list_(pa.string())))
+
+# %% ../nbs/07a_trees.ipynb #a874df5e
+_KIND_AT = {"": 1} | {f"<{t}>": i for i, t in enumerate(THOUGHT_TYPES)} # tag -> index of the type; without a tag, an expansion
+_RATING_AT = {None: 3} | {n: i for i, n in enumerate(RATING_TOKENS)} | {n[0]: i for i, n in enumerate(RATING_TOKENS)} # rating, or its letter -> index
+
+def _node_columns(tree: ThoughtTree) -> tuple[list[int], list[int], list[int]]: # kind, rating, said
+    "Type, rating and size of each thought."
+    rows = tree._rows
+    if isinstance(rows, _Regular) and not tree._values: tags, said, ratings = rows.columns[2:5]
+    else: tags, said, ratings = [n.tag for n in tree], [len(n.text) for n in tree], [n.rating for n in tree]
+    return [_KIND_AT[t] for t in tags], [_RATING_AT[r] for r in ratings], said
+
+# %% ../nbs/07a_trees.ipynb #acff759d
+def _forest_of(trees: Mapping[int, ThoughtTree]) -> _Forest:
+    "Trees that are there, by their number in the batch."
+    ints, sizes = lambda x: np.fromiter(x, np.int64), np.fromiter(map(len, trees.values()), np.int64)
+    kind, rating, said = (ints(chain.from_iterable(c)) for c in zip(*map(_node_columns, trees.values()))) if trees else [ints(())] * 3
+    up, own = ints(chain.from_iterable(t._up for t in trees.values())), np.arange(sizes.sum())
+    up = np.where(up < 0, own, up + np.repeat(np.cumsum(sizes) - sizes, sizes))
+    roots = ints(sum(n.parent_id == -1 for n in t.roots) for t in trees.values())
+    chars = ints(-1 if t.text is None else len(t.text) for t in trees.values())
+    return _Forest(ints(trees), sizes, roots, chars, up, kind, rating, said, [[i.code for i in t.issues] for t in trees.values()])
+
+# %% ../nbs/07a_trees.ipynb #440f84ba
+_NUMBERS, _OPENING = (_f + _L).encode(), (_l + _T).encode() # between the two numbers, and after them
+_RATED_ENDS = [(_E + _R + token + _r).encode() for token in RATING_TOKENS.values()] # what ends a node, by rating
+_PADDING = 80 # zeros after the text, longer than any of these
+
+def _eights(data: np.ndarray) -> np.ndarray:
+    "The eight bytes from each place on as a little-endian integer."
+    return np.ndarray((len(data) + _PADDING - 7,), "<u8", np.concatenate([data, np.zeros(_PADDING, np.uint8)]), strides=(1,))
+
+def _stands(eights: np.ndarray, at: np.ndarray, spelled: bytes) -> np.ndarray:
+    "Whether bytes (at least eight) stand at each of some places."
+    steps = (*range(0, len(spelled) - 8, 8), len(spelled) - 8)
+    return np.logical_and.reduce([eights[at + s] == np.frombuffer(spelled, "<u8", 1, s)[0] for s in steps])
+
+# %% ../nbs/07a_trees.ipynb #e612e8ee
+class _Headers(NamedTuple):
+    "Where the nodes of a batch begin and end; places of `<` are named by their index in `angles`."
+    eights: np.ndarray # of the bytes of all texts
+    angles: np.ndarray # places of "<"
+    at: np.ndarray # [node]: index of the place where its header begins
+    row: np.ndarray # [node]
+    stop: np.ndarray # [node]: index after its last place
+    end: np.ndarray # [node]: byte after what belongs to it
+
+    def place(self, i: np.ndarray) -> np.ndarray: return self.angles[np.clip(i, 0, len(self.angles) - 1)]
+
+# %% ../nbs/07a_trees.ipynb #e9826d9b
+def _find_headers(data: np.ndarray, rows: np.ndarray) -> _Headers:
+    "All headers in a batch of bytes; `rows`: offsets (n + 1)."
+    angles = np.concatenate([np.zeros(0, np.int64), *((x == ord("<")).nonzero()[0] + a for a, x in _pieces(data))])
+    eights, mark = _eights(data), _F.encode()
+    at = (eights[angles + 8] == np.frombuffer(mark, "<u8", 1, 8)[0]).nonzero()[0]
+    at = at[_stands(eights, angles[at], mark)]
+    start = angles[at]
+    row = np.searchsorted(rows, start, "right") - 1
+    last = np.append(row[1:] != row[:-1], [True] * (len(row) > 0)).nonzero()[0]
+    stop, end = np.append(at[1:], [0])[:len(at)], np.append(start[1:], [0])[:len(at)]
+    end[last] = rows[row[last] + 1]
+    stop[last] = np.searchsorted(angles, end[last])
+    return _Headers(eights, angles, at, row, stop, end)
+
+# %% ../nbs/07a_trees.ipynb #7a14c370
+def _read_numbers(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray: # -1: out of the ordinary
+    "The decimal numbers in stretches of bytes."
+    width, value = end - start, np.zeros(len(start), np.int64)
+    good = (width > 0) & (width <= 18)
+    for k in range(int(width[good].max(initial=0))):
+        inside = good & (k < width)
+        digit = data[np.where(inside, start + k, 0)] - np.uint8(48) # unsigned: smaller bytes wrap to large ones
+        good &= ~inside | (digit <= 9) & ((k > 0) | (digit > 0) | (width == 1))
+        value = np.where(inside, 10 * value + digit, value)
+    return np.where(good, value, -1)
+
+# %% ../nbs/07a_trees.ipynb #0de25c64
+class _Parts(NamedTuple):
+    "What the bytes say of each node."
+    good: np.ndarray # whether it is in the ordinary layout
+    father: np.ndarray
+    local: np.ndarray
+    kind: np.ndarray
+    rating: np.ndarray
+    start: np.ndarray # of the thought, after its tag
+    end: np.ndarray # likewise
+
+_INITIALS = np.isin(np.arange(256), [*b"/senpucrh"]) # what may follow "<" in a marker
+
+# %% ../nbs/07a_trees.ipynb #0145e0d1
+def _read_tags(h: _Headers, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Type of each thought, and size of its tag in bytes; `start`: where the thought begins, tag included."
+    kind, size = np.ones(len(start), np.int64), np.zeros(len(start), np.int64)
+    left = (h.place(h.at + 5) == start).nonzero()[0]
+    for i, name in enumerate(THOUGHT_TYPES):
+        hit = _stands(h.eights, start[left], tag := f"<{name}>".encode())
+        kind[left[hit]], size[left[hit]] = i, len(tag)
+        left = left[~hit]
+    return kind, size
+
+# %% ../nbs/07a_trees.ipynb #e6d9fad0
+def _read_ends(h: _Headers, data: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "(rating, places of `<` at the end, bytes of the end); `first`: whether it is the first node of its row, the only one without a rating."
+    places, size = np.where(first, 1, 4), np.where(first, len(_E), 0)
+    rating, at = np.full(len(first), 3), h.place(h.stop - places)
+    letter = (h.eights[at + len(_E + _R)] >> np.uint64(8)).astype(np.uint8)
+    size[first] *= _stands(h.eights, at[first], _E.encode())
+    for i, spelled in enumerate(_RATED_ENDS):
+        maybe = (~first & (letter == spelled[len(_E + _R) + 1])).nonzero()[0]
+        hit = maybe[_stands(h.eights, at[maybe], spelled)]
+        rating[hit], size[hit] = i, len(spelled)
+    return rating, places, size
+
+# %% ../nbs/07a_trees.ipynb #a1753b88
+def _only_gaps(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    "Whether stretches hold nothing but up to eight spaces and newlines."
+    size = end - start
+    good = (size >= 0) & (size <= 8)
+    for k in range(int(size[good].max(initial=0))):
+        inside = (good & (k < size)).nonzero()[0]
+        byte = data[start[inside] + k]
+        good[inside] = (byte == 32) | (byte == 10)
+    return good
+
+def _plain_thoughts(h: _Headers, data: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    "Whether no marker may begin at the `count` places from index `start` on."
+    of = np.repeat(np.arange(len(start)), np.maximum(count, 0))
+    begin = np.cumsum(np.maximum(count, 0)) - np.maximum(count, 0)
+    place = h.place(start[of] + np.arange(len(of)) - begin[of])
+    return np.bincount(of[_INITIALS[data[np.minimum(place + 1, len(data) - 1)]]], minlength=len(start)) == 0
+
+# %% ../nbs/07a_trees.ipynb #800a3b24
+def _read_parts(h: _Headers, data: np.ndarray, rows: np.ndarray) -> _Parts:
+    "All nodes of a batch; nothing of one that is not good may be used."
+    start, middle, last = h.place(h.at), h.place(h.at + 1), h.place(h.at + 3)
+    first = np.diff(h.row, prepend=-1) > 0
+    good = (h.stop - h.at >= 6) & _stands(h.eights, middle, _NUMBERS) & _stands(h.eights, last, _OPENING) & (~first | (start == rows[h.row]))
+    father, local = (_read_numbers(data, *p) for p in ((start + len(_F), middle), (middle + len(_NUMBERS), last)))
+    minus = (middle - start == len(_F) + 2) & (h.eights[start + len(_F)] & np.uint64(0xFFFF) == np.frombuffer(b"-1", "<u2")[0])
+    begin = last + len(_OPENING)
+    kind, tag = _read_tags(h, begin)
+    rating, places, size = _read_ends(h, data, first)
+    end, inner = h.place(h.stop - places), h.at + 5 + (tag > 0)
+    good &= np.where(first, minus, father >= 0) & (local >= 0) & (size > 0) & (end > begin + tag) & (h.stop - places >= inner)
+    good &= _only_gaps(data, end + size, h.end) & _plain_thoughts(h, data, inner, h.stop - places - inner)
+    return _Parts(good, father, local, kind, rating, begin + tag, end)
+
+# %% ../nbs/07a_trees.ipynb #21bb5449
+def _look_up(tree: np.ndarray, local: np.ndarray, father: np.ndarray, first: np.ndarray) -> np.ndarray: # -1: no father before, or a number stands twice
+    "Indices of the parents; the index itself for the first node of a tree."
+    n, codes = len(local), np.unique(np.concatenate([local, father]), return_inverse=True)[1].reshape(-1)
+    own, above = (np.repeat(tree[None], 2, 0) * (2 * n + 1) + codes.reshape(2, n))
+    order = np.argsort(own, kind="stable")
+    keys = own[order]
+    at = np.minimum(np.searchsorted(keys, above), n - 1)
+    up = np.where((keys[at] == above) & (order[at] < np.arange(n)), order[at], -1)
+    twice = np.append(keys[1:] == keys[:-1], False)
+    up[order[twice]] = -1
+    return np.where(first & ~np.isin(np.arange(n), order[twice]), np.arange(n), up)
+
+# %% ../nbs/07a_trees.ipynb #b29e6a6c
+def _links(h: _Headers, p: _Parts, index: np.ndarray, first: np.ndarray, ok: np.ndarray) -> np.ndarray: # -1: left to the reader
+    "Indices of the parents; `first`: index of the first node of each node's row."
+    up = np.where(index == first, index, first + p.father)
+    odd = np.bincount(h.row[p.local != index - first], minlength=len(ok)) > 0 # rows whose numbers are not the positions
+    others = (ok & odd)[h.row].nonzero()[0]
+    if len(others):
+        found = _look_up(h.row[others], p.local[others], p.father[others], (index == first)[others])
+        up[others] = np.where(found < 0, -1, others[found])
+    return np.where((up < index) | (index == first), up, -1)
+
+# %% ../nbs/07a_trees.ipynb #0319dc85
+def _regular_forest(texts: pa.Array) -> _Forest:
+    "The trees of a batch that are in the ordinary layout."
+    data, rows = _bytes_of(texts)
+    h = _find_headers(data, rows)
+    if not len(h.at): return _forest_of({})
+    p, count, index = _read_parts(h, data, rows), np.bincount(h.row, minlength=len(rows) - 1), np.arange(len(h.at))
+    ok = (count > 0) & (np.bincount(h.row[~p.good], minlength=len(count)) == 0)
+    up = _links(h, p, index, np.repeat(np.cumsum(count) - count, count), ok)
+    ok &= np.bincount(h.row[up < 0], minlength=len(ok)) == 0
+    keep, size = ok[h.row], _char_counter(data, bool(len(data) and data.max() >= 0x80))
+    moved, one = np.cumsum(keep) - 1, np.ones(int(ok.sum()), np.int64)
+    return _Forest(ok.nonzero()[0], count[ok], one, size(rows[:-1][ok], rows[1:][ok]), moved[up[keep]], p.kind[keep], p.rating[keep],
+        size(p.start[keep], p.end[keep]), [[] for _ in one])
+
+# %% ../nbs/07a_trees.ipynb #94748546
+class _Rows(NamedTuple):
+    "A batch of rows."
+    numbers: np.ndarray # in what was given
+    texts: pa.Array # "" where there is a tree
+    trees: dict[int, ThoughtTree] # number in the batch -> tree, where there is no text, or one that UTF-8 cannot carry
+    names: dict[str, pa.Array] # domain and source
+
+# %% ../nbs/07a_trees.ipynb #eff8d15c
+def _pick_column(column: str | None, there: Iterable[str]) -> str:
+    "The column that has the texts; ValueError if there is none."
+    there = list(there)
+    for name in ("text", "response") if column is None else (column,):
+        if name in there: return name
+    raise ValueError(f"the rows have no column {column or 'text'!r}; they have: {', '.join(there) or 'none'}. Name the right one with column=…")
+
+def _arrow_rows(rows: Dataset | pa.Table, column: str | None) -> Iterator[pa.RecordBatch]:
+    "The columns that are read, about four megabytes at a time, as `text`, `domain`, `source`."
+    names = rows.column_names
+    found = _pick_column(column, names)
+    keep = {"text": found} | {k: k for k in ("domain", "source") if k in names}
+    tables = rows.select_columns(list(dict.fromkeys(keep.values()))).with_format("arrow").iter(256) if isinstance(rows, Dataset) else [rows]
+    for batch in chain.from_iterable(t.to_batches(256) for t in tables):
+        parts = {k: batch.column(batch.schema.names.index(v)) for k, v in keep.items()}
+        try: parts["text"] = parts["text"].cast(pa.large_string())
+        except pa.ArrowInvalid: raise ValueError(f"the column {found!r} is {parts['text'].type}, not text") from None
+        yield pa.RecordBatch.from_pydict(parts)
+
+# %% ../nbs/07a_trees.ipynb #4ae623e6
+def _rows_of_arrow(rows: Dataset | pa.Table, column: str | None, report: LoadReport) -> Iterator[_Rows]:
+    "Batches of a table; rows without a text go to the report."
+    first = 0
+    for batch in _arrow_rows(rows, column):
+        valid = batch.column("text").is_valid()
+        there, batch, size = np.flatnonzero(valid.to_numpy(zero_copy_only=False)), batch.filter(valid), len(batch)
+        report.unreadable += [Unreadable(f"row {first + i}", "no_response", "the row has no text") for i in np.setdiff1d(np.arange(size), there).tolist()]
+        names = {k: batch.column(k).cast(pa.string()) if k in batch.schema.names else pa.nulls(len(batch), pa.string()) for k in ("domain", "source")}
+        yield _Rows(first + there, batch.column("text"), {}, names)
+        first += size
+
+# %% ../nbs/07a_trees.ipynb #608e401f
+def _one_row(row: Any, column: str | None) -> str | ThoughtTree:
+    "What a row holds; BadRow if it is nothing that can be read."
+    if isinstance(row, (str, ThoughtTree)): return row
+    if not isinstance(row, Mapping): raise BadRow("not_a_row", f"a row must be a text, a tree or an object, got {row.__class__.__name__}")
+    found = column or ("text" if "text" in row or "response" not in row else "response")
+    return row[found] if isinstance(row.get(found), str) else _tree_of_row(row, found)
+
+def _utf8(value: Any) -> str | None: return None if value is None else str(value).encode("utf-8", "replace").decode()
+
+# %% ../nbs/07a_trees.ipynb #815061ee
+def _rows_of_list(rows: Iterable, column: str | None, report: LoadReport) -> Iterator[_Rows]:
+    "Batches of a list or stream; rows that cannot be read go to the report."
+    found, names, size = {}, [], 0
+    for i, row in enumerate(rows):
+        try: found[i] = _one_row(row, column)
+        except BadRow as e: report.unreadable.append(Unreadable(f"row {i}", e.code, str(e)))
+        else:
+            names.append([_utf8(row.get(k)) if isinstance(row, Mapping) else None for k in ("domain", "source")])
+            size += len(found[i])
+        if len(found) < 512 and size < 1 << 22: continue
+        yield _a_batch(found, names)
+        found, names, size = {}, [], 0
+    if found: yield _a_batch(found, names)
+
+# %% ../nbs/07a_trees.ipynb #0a82e85b
+def _a_batch(found: dict[int, str | ThoughtTree], names: list[list]) -> _Rows:
+    "Texts and trees by row number as a batch."
+    values, trees = list(found.values()), {i: t for i, t in enumerate(found.values()) if isinstance(t, ThoughtTree)}
+    try: texts = pa.array(["" if i in trees else t for i, t in enumerate(values)], pa.large_string())
+    except UnicodeEncodeError: # half a surrogate pair: the reader takes it
+        trees |= {i: parse_thoughts(t) for i, t in enumerate(values) if isinstance(t, str) and not t.isascii() and "\ud800" <= max(t) and re.search("[\ud800-\udfff]", t)}
+        texts = pa.array(["" if i in trees else t for i, t in enumerate(values)], pa.large_string())
+    return _Rows(np.array(list(found), np.int64), texts, trees, {k: pa.array([n[j] for n in names], pa.string()) for j, k in enumerate(("domain", "source"))})
+
+# %% ../nbs/07a_trees.ipynb #323a7819
+def _tree_batch(batch: _Rows) -> pa.Table:
+    "One row a tree."
+    fast = _regular_forest(batch.texts)
+    others = np.setdiff1d(np.arange(len(batch.numbers)), fast.rows, assume_unique=True)
+    read = [i for i in others.tolist() if i not in batch.trees]
+    parsed = dict(zip(read, map(parse_thoughts, batch.texts.take(pa.array(read, pa.int64())).to_pylist())))
+    forests = [f for f in (fast, _forest_of(dict(sorted((parsed | batch.trees).items())))) if len(f.rows)]
+    tables = [pa.table(dict(row=pa.array(batch.numbers[f.rows])) | {k: v.take(pa.array(f.rows)) for k, v in batch.names.items()} | _tree_columns(f), schema=TREE_COLUMNS) for f in forests]
+    if len(tables) < 2: return tables[0] if tables else TREE_COLUMNS.empty_table()
+    return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate([f.rows for f in forests]))))
+
+# %% ../nbs/07a_trees.ipynb #fe880038
+def tree_table(
+    rows: Any, # `Dataset`, Arrow table, stream, or a list: of texts, of rows with a column, of trees
+    column: str | None = None, # where a row has its text; None: `text`, or else `response`
+    *,
+    progress: bool = True, # a progress bar for 5,000 rows or more
+) -> pa.Table: # one row a tree, columns of `TREE_COLUMNS`, explained in `TREE_MEANINGS`; ValueError if there is no column with texts
+    "Measure each tree of a corpus; what is undefined is null, and rows that cannot be read are warned about by number."
+    if isinstance(rows, (str, Path, Mapping)): raise ValueError("rows are not a path or a single text; open a file with load_traces or read_trees, and put a text into a list")
+    report, tables, total = LoadReport("rows"), [], len(rows) if hasattr(rows, "__len__") else None
+    batches = (_rows_of_arrow if isinstance(rows, (Dataset, pa.Table)) else _rows_of_list)(rows, column, report)
+    with tqdm(total=total, unit=" trees", desc="measuring", disable=not progress or total is not None and total < 5000) as bar:
+        for batch in batches:
+            tables.append(_tree_batch(batch))
+            bar.update(len(batch.numbers))
+    report.rows = sum(map(len, tables))
+    if report.unreadable: warnings.warn(str(report), UnreadableRows, stacklevel=2)
+    return pa.concat_tables([TREE_COLUMNS.empty_table(), *tables]).replace_schema_metadata({"unreadable": json.dumps(report.unreadable)} if report.unreadable else None)
