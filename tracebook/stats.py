@@ -31,7 +31,7 @@ from .memento import _partial, _scanner, parse
 from .sources import COLUMNS, LoadReport, UnreadableRows, _batches_of_rows, _find_files, load_traces
 
 # %% auto #0
-__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'TOKEN_COLUMNS', 'COLUMN_MEANINGS', 'PAPER', 'PAPER_ROWS', 'measure', 'trace_table', 'block_table', 'bootstrap_median', 'Summary', 'summarize', 'Published', 'compare_with_paper', 'plot_block_counts', 'plot_sizes', 'plot_ratios', 'plot_block_against_memento', 'plot_ratio_by_position', 'plot_all', 'TREE_COLUMNS', 'TREE_MEANINGS', 'tree_table']
+__all__ = ['TRACE_COLUMNS', 'BLOCK_COLUMNS', 'TOKEN_COLUMNS', 'COLUMN_MEANINGS', 'PAPER', 'PAPER_ROWS', 'measure', 'trace_table', 'block_table', 'bootstrap_median', 'Summary', 'summarize', 'Published', 'compare_with_paper', 'plot_block_counts', 'plot_sizes', 'plot_ratios', 'plot_block_against_memento', 'plot_ratio_by_position', 'plot_all', 'TREE_COLUMNS', 'TREE_MEANINGS', 'tree_table', 'TreeSummary', 'summarize_trees', 'plot_type_ratings', 'plot_transitions', 'plot_tree_shapes', 'plot_all_trees']
 
 # %% ../nbs/07_stats.ipynb #30d0ed18
 _WIDE_SPACES = tuple(c.encode() for c in map(chr, range(128, 0x3001)) if c.isspace()) # UTF-8 of the white space beyond ASCII
@@ -805,14 +805,14 @@ def plot_all(
     if not any(len(line.get_xdata()) for line in fig.axes[0].lines): return plt.close(fig) # too few blocks for this one
     yield "position", "Along the trace", "The ratio from the beginning of a trace (left) to its end (right): median, and quartiles where there are ten blocks or more.", fig
 
-# %% ../nbs/07a_trees.ipynb #ca3010f6
+# %% ../nbs/07a_trees.ipynb #6e5ac755
 import json
+from html import escape
 from typing import Mapping
 
-from datasets import IterableDataset
-
-from .sources import BadRow, Unreadable
+from .sources import BadRow, Unreadable, _is_text
 from .thoughts import RATING_TOKENS, THOUGHT_TYPES, ThoughtTree, _COLOURS as _RATING_COLOURS, _E, _F, _L, _R, _T, _f, _l, _r, _Regular, _tree_of_row, parse_thoughts
+from .trace import visible
 
 # %% ../nbs/07a_trees.ipynb #bcce243a
 _RATINGS = (*RATING_TOKENS, "none") # the ratings of a thought, and that it has none
@@ -1092,7 +1092,7 @@ class _Rows(NamedTuple):
     trees: dict[int, ThoughtTree] # number in the batch -> tree, where there is no text, or one that UTF-8 cannot carry
     names: dict[str, pa.Array] # domain and source
 
-# %% ../nbs/07a_trees.ipynb #eff8d15c
+# %% ../nbs/07a_trees.ipynb #14d21656
 def _pick_column(column: str | None, there: Iterable[str]) -> str:
     "The column that has the texts; ValueError if there is none."
     there = list(there)
@@ -1108,9 +1108,8 @@ def _arrow_rows(rows: Dataset | pa.Table, column: str | None) -> Iterator[pa.Rec
     tables = rows.select_columns(list(dict.fromkeys(keep.values()))).with_format("arrow").iter(256) if isinstance(rows, Dataset) else [rows]
     for batch in chain.from_iterable(t.to_batches(256) for t in tables):
         parts = {k: batch.column(batch.schema.names.index(v)) for k, v in keep.items()}
-        try: parts["text"] = parts["text"].cast(pa.large_string())
-        except pa.ArrowInvalid: raise ValueError(f"the column {found!r} is {parts['text'].type}, not text") from None
-        yield pa.RecordBatch.from_pydict(parts)
+        if not _is_text(parts["text"].type): raise ValueError(f"the column {found!r} is {parts['text'].type}, not text")
+        yield pa.RecordBatch.from_pydict(parts | dict(text=parts["text"].cast(pa.large_string())))
 
 # %% ../nbs/07a_trees.ipynb #4ae623e6
 def _rows_of_arrow(rows: Dataset | pa.Table, column: str | None, report: LoadReport) -> Iterator[_Rows]:
@@ -1124,13 +1123,15 @@ def _rows_of_arrow(rows: Dataset | pa.Table, column: str | None, report: LoadRep
         yield _Rows(first + there, batch.column("text"), {}, names)
         first += size
 
-# %% ../nbs/07a_trees.ipynb #608e401f
+# %% ../nbs/07a_trees.ipynb #78317f77
 def _one_row(row: Any, column: str | None) -> str | ThoughtTree:
     "What a row holds; BadRow if it is nothing that can be read."
     if isinstance(row, (str, ThoughtTree)): return row
     if not isinstance(row, Mapping): raise BadRow("not_a_row", f"a row must be a text, a tree or an object, got {row.__class__.__name__}")
     found = column or ("text" if "text" in row or "response" not in row else "response")
-    return row[found] if isinstance(row.get(found), str) else _tree_of_row(row, found)
+    saved = "state" in row or isinstance(row.get("nodes"), list)
+    if not saved and found in row and row[found] is None: raise BadRow("no_response", f"{found!r} of the row is empty")
+    return row[found] if not saved and isinstance(row.get(found), str) else _tree_of_row(row, found)
 
 def _utf8(value: Any) -> str | None: return None if value is None else str(value).encode("utf-8", "replace").decode()
 
@@ -1189,3 +1190,158 @@ def tree_table(
     report.rows = sum(map(len, tables))
     if report.unreadable: warnings.warn(str(report), UnreadableRows, stacklevel=2)
     return pa.concat_tables([TREE_COLUMNS.empty_table(), *tables]).replace_schema_metadata({"unreadable": json.dumps(report.unreadable)} if report.unreadable else None)
+
+# %% ../nbs/07a_trees.ipynb #37af779d
+_TREE_METRICS = ("nodes", "depth", "leaves", "branching", "max_width", "chars", "thought_chars", "duplicate_rate", "orphan_rate", "missing_rate")
+_CORPUS_METRICS |= dict(corpus_duplicate_rate=("duplicate_ids", "nodes"), corpus_orphan_rate=("orphans", "nodes"), corpus_missing_rate=("missing_ratings", "others"))
+_COUNT_COLUMNS = {name: pa.schema([("group", pa.string()), *((k, pa.string()) for k in keys), ("n", pa.int64()), ("share", pa.float64())])
+    for name, keys in (("ratings", ("type", "rating")), ("transitions", ("parent", "child")))}
+
+# %% ../nbs/07a_trees.ipynb #c7215ced
+class TreeSummary(NamedTuple):
+    "Statistics of a corpus of trees by group."
+    metrics: pa.Table # group, level ("tree", "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high; on level "corpus", `median` is the rate itself
+    issues: pa.Table # group, code, severity, rows (trees that carry it), n (trees in the group)
+    ratings: pa.Table # group, type, rating, n, share (of the thoughts of this type)
+    transitions: pa.Table # group, parent, child, n, share (of the children of parents of this type)
+    by: str # the column that made the groups; the group "all" holds everything
+    unreadable: list[Unreadable] # rows that `tree_table` could not read
+
+    def get(self, group: str, metric: str, level: str = "tree") -> dict: # one row of `metrics`
+        "The statistics of one metric; KeyError if there is none."
+        for r in self.metrics.to_pylist():
+            if (r["group"], r["metric"], r["level"]) == (group, metric, level): return r
+        raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
+
+# %% ../nbs/07a_trees.ipynb #4c89be0d
+def _grid_sums(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray: # [type, name]
+    "Sums over all trees of a column of nested counts."
+    return np.array([[pc.sum(pc.struct_field(column, [t, n])).as_py() or 0 for n in names] for t in THOUGHT_TYPES], np.int64)
+
+def _shares(counts: np.ndarray) -> list[list[float | None]]:
+    "Shares of each line; None in one without counts."
+    return [[int(v) / int(line.sum()) if line.sum() else None for v in line] for line in counts]
+
+def _count_rows(group: str, counts: np.ndarray, names: tuple[str, ...], kind: str) -> list[dict]:
+    "Rows of a table of `_COUNT_COLUMNS`."
+    keys = _COUNT_COLUMNS[kind].names[1:3]
+    return [dict(zip(keys, (t, name)), group=group, n=int(n), share=s) for t, line, shares in zip(THOUGHT_TYPES, counts, _shares(counts)) for name, n, s in zip(names, line, shares)]
+
+# %% ../nbs/07a_trees.ipynb #e60e2dd6
+def summarize_trees(
+    table: pa.Table, # of `tree_table`
+    by: str = "domain", # column that makes the groups
+    seed: int = 0, # of the bootstrap
+) -> TreeSummary: # the group "all" holds every row
+    "Medians, quartiles and intervals, rates, issues, ratings and transitions by group."
+    metrics, issues, ratings, transitions = [], [], [], []
+    for group, part in _groups(table, by).items():
+        metrics += [dict(group=group, level="tree", metric=m, **_describe(part[m], seed)) for m in _TREE_METRICS]
+        whole = part.append_column("others", pc.subtract(part["nodes"], part["roots"]))
+        metrics += [_corpus_row(group, whole, m, seed) for m, (above, _) in _CORPUS_METRICS.items() if len(part) and above in part.column_names]
+        counts = Counter(c for codes in part["issues"].to_pylist() for c in set(codes))
+        issues += [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in sorted(counts.items(), key=lambda x: (-x[1], x[0]))]
+        ratings += _count_rows(group, _grid_sums(part["type_ratings"], _RATINGS), _RATINGS, "ratings")
+        transitions += _count_rows(group, _grid_sums(part["transitions"], THOUGHT_TYPES), THOUGHT_TYPES, "transitions")
+    made = zip((metrics, issues, ratings, transitions), (_METRIC_COLUMNS, _ISSUE_COLUMNS, *_COUNT_COLUMNS.values()))
+    bad = json.loads((table.schema.metadata or {}).get(b"unreadable", b"[]"))
+    return TreeSummary(*(pa.Table.from_pylist(rows, schema=schema) for rows, schema in made), by, [Unreadable(*u) for u in bad])
+
+# %% ../nbs/07a_trees.ipynb #9618127e
+@patch
+def overview(self: TreeSummary) -> pa.Table: # group, trees, nodes, depth, leaves, branching (medians with quartiles), duplicate_rate, orphan_rate, missing_rate
+    "One row a group: medians over trees, rates over all nodes of the group."
+    index, rows = {(r["group"], r["metric"]): r for r in self.metrics.to_pylist()}, []
+    def median(r): return None if r["median"] is None else f"{r['median']:.3g} ({r['q25']:.3g} to {r['q75']:.3g})"
+    for group in dict.fromkeys(g for g, _ in index):
+        rates = {k: index.get((group, f"corpus_{k}"), {}).get("median") for k in ("duplicate_rate", "orphan_rate", "missing_rate")}
+        rows.append(dict(group=group, trees=index[group, "nodes"]["n"], **{k: median(index[group, k]) for k in ("nodes", "depth", "leaves", "branching")}, **{k: None if v is None else round(v, 4) for k, v in rates.items()}))
+    return pa.Table.from_pylist(rows)
+
+@patch
+def matrix(self: TreeSummary,
+    group: str = "all", # whose transitions
+    share: bool = True, # False: counts
+) -> pa.Table: # one row a type of parent, one column a type of child; KeyError if there is no such group
+    "The transitions as a matrix."
+    found = {(r["parent"], r["child"]): r["share" if share else "n"] for r in self.transitions.to_pylist() if r["group"] == group}
+    if not found: raise KeyError(f"no group {group!r}")
+    kind = pa.float64() if share else pa.int64()
+    return pa.table(dict(parent=pa.array(THOUGHT_TYPES)) | {c: pa.array([found[p, c] for p in THOUGHT_TYPES], kind) for c in THOUGHT_TYPES})
+
+# %% ../nbs/07a_trees.ipynb #7b747e7a
+def _in_words(self: TreeSummary) -> list[tuple[str, Any]]:
+    "(heading, data frame) of what is shown."
+    bad = f"; {len(self.unreadable):,} rows could not be read" if self.unreadable else ""
+    return [(f"Trees by {self.by}, median (quartiles){bad}", self.overview().to_pandas()), ("Shares of children, by type of the parent", self.matrix().to_pandas().round(3))]
+
+@patch
+def __repr__(self: TreeSummary) -> str: return "\n\n".join(f"{visible(title)}\n{visible(frame.to_string(index=False, na_rep=""))}" for title, frame in _in_words(self))
+
+@patch
+def _repr_html_(self: TreeSummary) -> str: return "".join(f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, na_rep='')}" for title, frame in _in_words(self))
+
+# %% ../nbs/07a_trees.ipynb #c838a746
+def plot_type_ratings(
+    table: pa.Table, # of `tree_table`
+) -> Figure: # a bar for each type that occurs, cut by rating
+    "Which ratings the thoughts of each type have."
+    fig, (ax,) = _axes(title="Ratings by type of thought")
+    counts = _grid_sums(table["type_ratings"], _RATINGS)
+    there = np.flatnonzero(counts.sum(1))[::-1]
+    shares, left = counts[there] / counts[there].sum(1, keepdims=True), np.zeros(len(there))
+    for i, name in enumerate(_RATINGS):
+        ax.barh(np.arange(len(there)), shares[:, i], left=left, color=_RATING_COLOURS[None if name == "none" else name], edgecolor="#888888", lw=.6, label="not rated" if name == "none" else name)
+        left += shares[:, i]
+    ax.set_yticks(np.arange(len(there)), [f"{THOUGHT_TYPES[t]} ({counts[t].sum():,})" for t in there])
+    ax.set(xlabel="share of the thoughts of this type", xlim=(0, 1))
+    if len(there): ax.legend(frameon=False, ncols=len(_RATINGS), loc="upper center", bbox_to_anchor=(.5, 1.14), fontsize="small")
+    return fig
+
+# %% ../nbs/07a_trees.ipynb #722003ed
+def plot_transitions(
+    table: pa.Table, # of `tree_table`
+) -> Figure: # shares as colour and in figures; counts on the left
+    "Types of children by type of the parent."
+    fig, ax = plt.subplots(figsize=(7.6, 3.6), layout="constrained")
+    counts = _grid_sums(table["transitions"], THOUGHT_TYPES)
+    shares = np.array(_shares(counts), float)
+    ax.imshow(np.ma.masked_invalid(shares), cmap=plt.get_cmap("Blues").with_extremes(bad="#dddddd"), vmin=0, vmax=1, aspect="auto")
+    for i, j in np.argwhere(counts > 0): ax.text(j, i, f"{shares[i, j]:.0%}" if shares[i, j] >= .01 else "< 1%", ha="center", va="center", fontsize="small", color="white" if shares[i, j] > .6 else "black")
+    ax.set_xticks(range(len(THOUGHT_TYPES)), THOUGHT_TYPES)
+    ax.set_yticks(range(len(THOUGHT_TYPES)), [f"{t} ({n:,})" for t, n in zip(THOUGHT_TYPES, counts.sum(1))])
+    ax.set(xlabel="type of the child", ylabel="type of the parent (its children)")
+    ax.spines[:].set_visible(False)
+    fig.suptitle("What follows what", fontsize="medium")
+    return fig
+
+# %% ../nbs/07a_trees.ipynb #cea656db
+def _edges_for(values: list[int]) -> np.ndarray:
+    "Edges of bins for whole numbers: one bin a number up to forty, else thirty bins."
+    low, high = min(values, default=0), max(values, default=0)
+    return np.arange(low - .5, high + 1.5) if high - low < 40 else np.linspace(low - .5, high + .5, 31)
+
+def plot_tree_shapes(
+    table: pa.Table, # of `tree_table`
+) -> Figure: # two histograms, one colour a domain
+    "Nodes and depths of trees, as shares of each domain."
+    fig, axes = _axes(2, "Size and depth of trees")
+    for ax, column in zip(axes, ("nodes", "depth")):
+        drawn = [(n, c, x) for n, c, g in _by_group(table) if len(x := g[column].drop_null().to_numpy())] if len(table) else []
+        edges = _edges_for([v for *_, x in drawn for v in (int(x.min()), int(x.max()))])
+        for name, colour, x in drawn: ax.hist(x, edges, weights=np.full(len(x), 1 / len(x)), histtype="step", linewidth=1.5, color=colour, label=f"{name} ({len(x):,})")
+        ax.set(xlabel=column, ylabel="share of the domain's trees")
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    if drawn: axes[1].legend(frameon=False, fontsize="small")
+    return fig
+
+# %% ../nbs/07a_trees.ipynb #6a7c3b8a
+def plot_all_trees(
+    table: pa.Table, # of `tree_table`
+) -> Iterator[tuple[str, str, str, Figure]]: # (name, title, caption, figure); close each figure after use
+    "The plots of a corpus of trees, one after the other."
+    yield "tree-shapes", "Size and depth", "Nodes of a tree (left) and steps from the root to the deepest of them (right), as shares of the trees of a domain; in brackets, their number.", plot_tree_shapes(table)
+    if not pc.sum(table["nodes"]).as_py(): return
+    yield "type-ratings", "Ratings", "How the thoughts of each type are rated, as shares; in brackets, how many thoughts of this type there are. The root of a tree has no rating in the data.", plot_type_ratings(table)
+    if pc.sum(table["nodes"]).as_py() > pc.sum(table["orphans"]).as_py() + pc.sum(table["roots"]).as_py():
+        yield "transitions", "What follows what", "Of the children of each type of thought (lines), the share of each type (columns); in brackets, how many children that are.", plot_transitions(table)
