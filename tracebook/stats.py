@@ -1269,17 +1269,17 @@ def matrix(self: TreeSummary,
     kind = pa.float64() if share else pa.int64()
     return pa.table(dict(parent=pa.array(THOUGHT_TYPES)) | {c: pa.array([found[p, c] for p in THOUGHT_TYPES], kind) for c in THOUGHT_TYPES})
 
-# %% ../nbs/07a_trees.ipynb #7b747e7a
+# %% ../nbs/07a_trees.ipynb #0f3aca1f
 def _in_words(self: TreeSummary) -> list[tuple[str, Any]]:
     "(heading, data frame) of what is shown."
     bad = f"; {len(self.unreadable):,} rows could not be read" if self.unreadable else ""
     return [(f"Trees by {self.by}, median (quartiles){bad}", self.overview().to_pandas()), ("Shares of children, by type of the parent", self.matrix().to_pandas().round(3))]
 
 @patch
-def __repr__(self: TreeSummary) -> str: return "\n\n".join(f"{visible(title)}\n{visible(frame.to_string(index=False, na_rep=""))}" for title, frame in _in_words(self))
+def __repr__(self: TreeSummary) -> str: return "\n\n".join(f"{visible(title)}\n{visible(frame.to_string(index=False, na_rep='–'))}" for title, frame in _in_words(self))
 
 @patch
-def _repr_html_(self: TreeSummary) -> str: return "".join(f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, na_rep='')}" for title, frame in _in_words(self))
+def _repr_html_(self: TreeSummary) -> str: return "".join(f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, na_rep='–')}" for title, frame in _in_words(self))
 
 # %% ../nbs/07a_trees.ipynb #c838a746
 def plot_type_ratings(
