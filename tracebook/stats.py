@@ -885,13 +885,13 @@ def _nested_counts(tree: np.ndarray, outer: np.ndarray, inner: np.ndarray, n: in
 
 def _share(a: np.ndarray, b: np.ndarray) -> pa.Array: return _ratio(np.asarray(a), np.asarray(b))
 
-# %% ../nbs/07a_trees.ipynb #c4dca152
+# %% ../nbs/07a_trees.ipynb #9c68a369
 def _tree_columns(f: _Forest) -> dict[str, pa.Array]:
     "The columns of the table but `row`, `domain` and `source`."
     n, tree = len(f.sizes), np.repeat(np.arange(len(f.sizes)), f.sizes)
     below = f.up != np.arange(len(f.up))
-    shape, codes = _shape(f, tree, below), [Counter(codes) for codes in f.issues]
-    duplicate, missing = (np.array([c[code] for c in codes], np.int64) for code in ("duplicate_id", "missing_rating"))
+    shape = _shape(f, tree, below)
+    duplicate, missing = (np.array([codes.count(code) for codes in f.issues], np.int64) for code in ("duplicate_id", "missing_rating"))
     orphans = f.sizes - shape.edges - f.roots
     return dict(nodes=pa.array(f.sizes), roots=pa.array(f.roots), depth=_optional(shape.depth), leaves=pa.array(shape.leaves), branching=_share(shape.edges, f.sizes - shape.leaves),
         max_width=_optional(shape.width), chars=_optional(f.chars), thought_chars=pa.array(np.bincount(tree, f.said, n).astype(np.int64)),
@@ -1092,7 +1092,7 @@ class _Rows(NamedTuple):
     trees: dict[int, ThoughtTree] # number in the batch -> tree, where there is no text, or one that UTF-8 cannot carry
     names: dict[str, pa.Array] # domain and source
 
-# %% ../nbs/07a_trees.ipynb #14d21656
+# %% ../nbs/07a_trees.ipynb #323a1f64
 def _pick_column(column: str | None, there: Iterable[str]) -> str:
     "The column that has the texts; ValueError if there is none."
     there = list(there)
@@ -1105,8 +1105,8 @@ def _arrow_rows(rows: Dataset | pa.Table, column: str | None) -> Iterator[pa.Rec
     names = rows.column_names
     found = _pick_column(column, names)
     keep = {"text": found} | {k: k for k in ("domain", "source") if k in names}
-    tables = rows.select_columns(list(dict.fromkeys(keep.values()))).with_format("arrow").iter(256) if isinstance(rows, Dataset) else [rows]
-    for batch in chain.from_iterable(t.to_batches(256) for t in tables):
+    tables = rows.select_columns(list(dict.fromkeys(keep.values()))).with_format("arrow").iter(512) if isinstance(rows, Dataset) else [rows]
+    for batch in chain.from_iterable(t.to_batches(512) for t in tables):
         parts = {k: batch.column(batch.schema.names.index(v)) for k, v in keep.items()}
         if not _is_text(parts["text"].type): raise ValueError(f"the column {found!r} is {parts['text'].type}, not text")
         yield pa.RecordBatch.from_pydict(parts | dict(text=parts["text"].cast(pa.large_string())))
