@@ -130,11 +130,18 @@ def test_angles_in_thoughts_stay_with_the_bytes(text):
     assert measured([tree]) == [oracle(tree)]
 
 
-@pytest.mark.parametrize("text", ["<critic> <refine>", "a <critic>", "<hint>a</hint>", "<unknow_rating>", "<start_of_thought>", "", "<p>", "<critic>"])
+@pytest.mark.parametrize("text", ["<critic> <refine>", "a <critic>", "<hint>a</hint>", "<unknow_rating>", "<start_of_thought>", "<p>"])
 def test_what_is_out_of_the_ordinary_goes_to_the_reader(text):
     tree = ROOT + node(0, 1, text)
     assert len(_regular_forest(pa.array([tree])).rows) == 0
     assert measured([tree]) == [oracle(tree)]
+
+
+@pytest.mark.parametrize("more", [node(0, 1, rating=None), node(0, 0), node(0, 1) + node(0, 1) + node(1, 2), node(9, 1) + node(1, 2), node(0, 1, "<critic>"), node(8, 0, "", None)])
+@pytest.mark.parametrize("root", [ROOT, node(-1, 0, "<problem>q"), node(-1, 0, "", "unknown")])
+def test_common_defects_are_named_from_the_bytes(root, more):
+    assert len(_regular_forest(pa.array([root + more])).rows) == 1
+    assert measured([root + more]) == [oracle(root + more)]
 
 
 def test_a_chain_and_a_star_of_a_hundred_thousand_nodes():

@@ -814,7 +814,7 @@ from .sources import BadRow, Unreadable, _is_text
 from .thoughts import RATING_TOKENS, THOUGHT_TYPES, ThoughtTree, _COLOURS as _RATING_COLOURS, _E, _F, _L, _R, _T, _f, _l, _r, _Regular, _tree_of_row, parse_thoughts
 from .trace import visible
 
-# %% ../nbs/07a_trees.ipynb #bcce243a
+# %% ../nbs/07a_trees.ipynb #05159da0
 _RATINGS = (*RATING_TOKENS, "none") # the ratings of a thought, and that it has none
 _grid = lambda inner: pa.struct([(t, pa.struct([(n, pa.int64()) for n in inner])) for t in THOUGHT_TYPES])
 TREE_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source", pa.string()), ("nodes", pa.int64()), ("roots", pa.int64()), ("depth", pa.int64()),
@@ -822,7 +822,7 @@ TREE_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source
     ("type_ratings", _grid(_RATINGS)), ("transitions", _grid(THOUGHT_TYPES)), ("duplicate_ids", pa.int64()), ("orphans", pa.int64()), ("missing_ratings", pa.int64()),
     ("duplicate_rate", pa.float64()), ("orphan_rate", pa.float64()), ("missing_rate", pa.float64()), ("issues", pa.list_(pa.string()))]) # columns of `tree_table`
 
-# %% ../nbs/07a_trees.ipynb #0cc7a035
+# %% ../nbs/07a_trees.ipynb #9e89aeed
 TREE_MEANINGS = dict( # name -> meaning, of the columns of `tree_table`
     row="number of the row in what was given, from 0; a row that could not be read is left out", domain="of the row, null if it has none", source="of the row",
     nodes="nodes", roots="nodes with the father -1", depth="steps from a top to the deepest node, null without a node", leaves="nodes without children",
@@ -832,7 +832,7 @@ TREE_MEANINGS = dict( # name -> meaning, of the columns of `tree_table`
     orphans="nodes without a parent whose father is not -1", missing_ratings="nodes other than roots without a rating", duplicate_rate="duplicate_ids / nodes", orphan_rate="orphans / nodes",
     missing_rate="missing_ratings / nodes other than roots", issues="codes of all issues, in the order of the text")
 
-# %% ../nbs/07a_trees.ipynb #64951077
+# %% ../nbs/07a_trees.ipynb #e9277beb
 class _Forest(NamedTuple):
     "Trees of a batch, their nodes end to end."
     rows: np.ndarray # number of each tree in the batch
@@ -845,7 +845,7 @@ class _Forest(NamedTuple):
     said: np.ndarray # [node]: characters of the thought
     issues: list[list[str]] # codes of each tree
 
-# %% ../nbs/07a_trees.ipynb #2afefec1
+# %% ../nbs/07a_trees.ipynb #33ac379a
 def _depths_of(up: np.ndarray) -> np.ndarray:
     "Steps from each node to its top."
     at, depth = up, (up != np.arange(len(up))).astype(np.int64)
@@ -858,7 +858,7 @@ def _tops(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarr
     if some.any(): out[some] = np.maximum.reduceat(values, starts[some])
     return out
 
-# %% ../nbs/07a_trees.ipynb #1b6e3f6a
+# %% ../nbs/07a_trees.ipynb #57491cbc
 class _Shape(NamedTuple):
     "What the links of each tree say; -1 stands for undefined."
     depth: np.ndarray
@@ -875,7 +875,7 @@ def _shape(f: _Forest, tree: np.ndarray, below: np.ndarray) -> _Shape:
     children = np.bincount(f.up[below], minlength=len(f.up))
     return _Shape(deepest, total(children == 0), total(below), _tops(widths, first, deepest + 1))
 
-# %% ../nbs/07a_trees.ipynb #5033aa48
+# %% ../nbs/07a_trees.ipynb #9fab9182
 def _nested_counts(tree: np.ndarray, outer: np.ndarray, inner: np.ndarray, n: int, names: tuple[str, ...]) -> pa.StructArray:
     "Counts by tree, type and a second property as a nested column."
     size = len(THOUGHT_TYPES) * len(names)
@@ -885,7 +885,7 @@ def _nested_counts(tree: np.ndarray, outer: np.ndarray, inner: np.ndarray, n: in
 
 def _share(a: np.ndarray, b: np.ndarray) -> pa.Array: return _ratio(np.asarray(a), np.asarray(b))
 
-# %% ../nbs/07a_trees.ipynb #9c68a369
+# %% ../nbs/07a_trees.ipynb #9c3384bd
 def _tree_columns(f: _Forest) -> dict[str, pa.Array]:
     "The columns of the table but `row`, `domain` and `source`."
     n, tree = len(f.sizes), np.repeat(np.arange(len(f.sizes)), f.sizes)
@@ -899,7 +899,7 @@ def _tree_columns(f: _Forest) -> dict[str, pa.Array]:
         duplicate_ids=pa.array(duplicate), orphans=pa.array(orphans), missing_ratings=pa.array(missing), duplicate_rate=_share(duplicate, f.sizes),
         orphan_rate=_share(orphans, f.sizes), missing_rate=_share(missing, f.sizes - f.roots), issues=pa.array(f.issues, pa.list_(pa.string())))
 
-# %% ../nbs/07a_trees.ipynb #a874df5e
+# %% ../nbs/07a_trees.ipynb #487a5a4a
 _KIND_AT = {"": 1} | {f"<{t}>": i for i, t in enumerate(THOUGHT_TYPES)} # tag -> index of the type; without a tag, an expansion
 _RATING_AT = {None: 3} | {n: i for i, n in enumerate(RATING_TOKENS)} | {n[0]: i for i, n in enumerate(RATING_TOKENS)} # rating, or its letter -> index
 
@@ -910,7 +910,7 @@ def _node_columns(tree: ThoughtTree) -> tuple[list[int], list[int], list[int]]: 
     else: tags, said, ratings = [n.tag for n in tree], [len(n.text) for n in tree], [n.rating for n in tree]
     return [_KIND_AT[t] for t in tags], [_RATING_AT[r] for r in ratings], said
 
-# %% ../nbs/07a_trees.ipynb #acff759d
+# %% ../nbs/07a_trees.ipynb #0b0a42af
 def _forest_of(trees: Mapping[int, ThoughtTree]) -> _Forest:
     "Trees that are there, by their number in the batch."
     ints, sizes = lambda x: np.fromiter(x, np.int64), np.fromiter(map(len, trees.values()), np.int64)
@@ -921,7 +921,7 @@ def _forest_of(trees: Mapping[int, ThoughtTree]) -> _Forest:
     chars = ints(-1 if t.text is None else len(t.text) for t in trees.values())
     return _Forest(ints(trees), sizes, roots, chars, up, kind, rating, said, [[i.code for i in t.issues] for t in trees.values()])
 
-# %% ../nbs/07a_trees.ipynb #440f84ba
+# %% ../nbs/07a_trees.ipynb #0629c0dc
 _NUMBERS, _OPENING = (_f + _L).encode(), (_l + _T).encode() # between the two numbers, and after them
 _RATED_ENDS = [(_E + _R + token + _r).encode() for token in RATING_TOKENS.values()] # what ends a node, by rating
 _PADDING = 80 # zeros after the text, longer than any of these
@@ -935,7 +935,7 @@ def _stands(eights: np.ndarray, at: np.ndarray, spelled: bytes) -> np.ndarray:
     steps = (*range(0, len(spelled) - 8, 8), len(spelled) - 8)
     return np.logical_and.reduce([eights[at + s] == np.frombuffer(spelled, "<u8", 1, s)[0] for s in steps])
 
-# %% ../nbs/07a_trees.ipynb #e612e8ee
+# %% ../nbs/07a_trees.ipynb #cb10a7e3
 class _Headers(NamedTuple):
     "Where the nodes of a batch begin and end; places of `<` are named by their index in `angles`."
     eights: np.ndarray # of the bytes of all texts
@@ -947,7 +947,7 @@ class _Headers(NamedTuple):
 
     def place(self, i: np.ndarray) -> np.ndarray: return self.angles[np.clip(i, 0, len(self.angles) - 1)]
 
-# %% ../nbs/07a_trees.ipynb #e9826d9b
+# %% ../nbs/07a_trees.ipynb #4cfb884e
 def _find_headers(data: np.ndarray, rows: np.ndarray) -> _Headers:
     "All headers in a batch of bytes; `rows`: offsets (n + 1)."
     angles = np.concatenate([np.zeros(0, np.int64), *((x == ord("<")).nonzero()[0] + a for a, x in _pieces(data))])
@@ -962,7 +962,7 @@ def _find_headers(data: np.ndarray, rows: np.ndarray) -> _Headers:
     stop[last] = np.searchsorted(angles, end[last])
     return _Headers(eights, angles, at, row, stop, end)
 
-# %% ../nbs/07a_trees.ipynb #7a14c370
+# %% ../nbs/07a_trees.ipynb #56ceefc9
 def _read_numbers(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray: # -1: out of the ordinary
     "The decimal numbers in stretches of bytes."
     width, value = end - start, np.zeros(len(start), np.int64)
@@ -974,7 +974,7 @@ def _read_numbers(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.nd
         value = np.where(inside, 10 * value + digit, value)
     return np.where(good, value, -1)
 
-# %% ../nbs/07a_trees.ipynb #0de25c64
+# %% ../nbs/07a_trees.ipynb #4798b65d
 class _Parts(NamedTuple):
     "What the bytes say of each node."
     good: np.ndarray # whether it is in the ordinary layout
@@ -987,7 +987,7 @@ class _Parts(NamedTuple):
 
 _INITIALS = np.isin(np.arange(256), [*b"/senpucrh"]) # what may follow "<" in a marker
 
-# %% ../nbs/07a_trees.ipynb #0145e0d1
+# %% ../nbs/07a_trees.ipynb #08431ada
 def _read_tags(h: _Headers, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Type of each thought, and size of its tag in bytes; `start`: where the thought begins, tag included."
     kind, size = np.ones(len(start), np.int64), np.zeros(len(start), np.int64)
@@ -998,20 +998,21 @@ def _read_tags(h: _Headers, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         left = left[~hit]
     return kind, size
 
-# %% ../nbs/07a_trees.ipynb #e6d9fad0
-def _read_ends(h: _Headers, data: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "(rating, places of `<` at the end, bytes of the end); `first`: whether it is the first node of its row, the only one without a rating."
-    places, size = np.where(first, 1, 4), np.where(first, len(_E), 0)
-    rating, at = np.full(len(first), 3), h.place(h.stop - places)
+# %% ../nbs/07a_trees.ipynb #f99a19e4
+def _read_ends(h: _Headers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "(rating, places of `<` at the end, bytes of the end); no bytes: the end is none."
+    n = len(h.at)
+    rating, places, size, at = np.full(n, 3), np.full(n, 4), np.zeros(n, np.int64), h.place(h.stop - 4)
     letter = (h.eights[at + len(_E + _R)] >> np.uint64(8)).astype(np.uint8)
-    size[first] *= _stands(h.eights, at[first], _E.encode())
     for i, spelled in enumerate(_RATED_ENDS):
-        maybe = (~first & (letter == spelled[len(_E + _R) + 1])).nonzero()[0]
+        maybe = (letter == spelled[len(_E + _R) + 1]).nonzero()[0]
         hit = maybe[_stands(h.eights, at[maybe], spelled)]
         rating[hit], size[hit] = i, len(spelled)
+    bare = (size == 0).nonzero()[0]
+    places[bare], size[bare] = 1, len(_E) * _stands(h.eights, h.place(h.stop[bare] - 1), _E.encode())
     return rating, places, size
 
-# %% ../nbs/07a_trees.ipynb #a1753b88
+# %% ../nbs/07a_trees.ipynb #ee423597
 def _only_gaps(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     "Whether stretches hold nothing but up to eight spaces and newlines."
     size = end - start
@@ -1029,7 +1030,7 @@ def _plain_thoughts(h: _Headers, data: np.ndarray, start: np.ndarray, count: np.
     place = h.place(start[of] + np.arange(len(of)) - begin[of])
     return np.bincount(of[_INITIALS[data[np.minimum(place + 1, len(data) - 1)]]], minlength=len(start)) == 0
 
-# %% ../nbs/07a_trees.ipynb #800a3b24
+# %% ../nbs/07a_trees.ipynb #5836ab6b
 def _read_parts(h: _Headers, data: np.ndarray, rows: np.ndarray) -> _Parts:
     "All nodes of a batch; nothing of one that is not good may be used."
     start, middle, last = h.place(h.at), h.place(h.at + 1), h.place(h.at + 3)
@@ -1039,52 +1040,67 @@ def _read_parts(h: _Headers, data: np.ndarray, rows: np.ndarray) -> _Parts:
     minus = (middle - start == len(_F) + 2) & (h.eights[start + len(_F)] & np.uint64(0xFFFF) == np.frombuffer(b"-1", "<u2")[0])
     begin = last + len(_OPENING)
     kind, tag = _read_tags(h, begin)
-    rating, places, size = _read_ends(h, data, first)
+    rating, places, size = _read_ends(h)
     end, inner = h.place(h.stop - places), h.at + 5 + (tag > 0)
-    good &= np.where(first, minus, father >= 0) & (local >= 0) & (size > 0) & (end > begin + tag) & (h.stop - places >= inner)
+    good &= np.where(first, minus, father >= 0) & (local >= 0) & (size > 0) & (end >= begin + tag) & (h.stop - places >= inner)
     good &= _only_gaps(data, end + size, h.end) & _plain_thoughts(h, data, inner, h.stop - places - inner)
     return _Parts(good, father, local, kind, rating, begin + tag, end)
 
-# %% ../nbs/07a_trees.ipynb #21bb5449
-def _look_up(tree: np.ndarray, local: np.ndarray, father: np.ndarray, first: np.ndarray) -> np.ndarray: # -1: no father before, or a number stands twice
-    "Indices of the parents; the index itself for the first node of a tree."
-    n, codes = len(local), np.unique(np.concatenate([local, father]), return_inverse=True)[1].reshape(-1)
-    own, above = (np.repeat(tree[None], 2, 0) * (2 * n + 1) + codes.reshape(2, n))
-    order = np.argsort(own, kind="stable")
-    keys = own[order]
-    at = np.minimum(np.searchsorted(keys, above), n - 1)
-    up = np.where((keys[at] == above) & (order[at] < np.arange(n)), order[at], -1)
-    twice = np.append(keys[1:] == keys[:-1], False)
-    up[order[twice]] = -1
-    return np.where(first & ~np.isin(np.arange(n), order[twice]), np.arange(n), up)
+# %% ../nbs/07a_trees.ipynb #9719bae6
+class _Links(NamedTuple):
+    "Who is below whom."
+    up: np.ndarray # [node]: index of the parent, the node's own if it has none; -1: left to the reader
+    orphan: np.ndarray # [node]: no node of the tree has the father's number
+    double: np.ndarray # [node]: an earlier node of the tree has the same number
 
-# %% ../nbs/07a_trees.ipynb #b29e6a6c
-def _links(h: _Headers, p: _Parts, index: np.ndarray, first: np.ndarray, ok: np.ndarray) -> np.ndarray: # -1: left to the reader
-    "Indices of the parents; `first`: index of the first node of each node's row."
-    up = np.where(index == first, index, first + p.father)
-    odd = np.bincount(h.row[p.local != index - first], minlength=len(ok)) > 0 # rows whose numbers are not the positions
+def _look_up(tree: np.ndarray, local: np.ndarray, father: np.ndarray, first: np.ndarray) -> _Links:
+    "Links by numbers; `first`: whether a node is the first of its tree."
+    n, codes = len(local), np.unique(np.concatenate([local, father]), return_inverse=True)[1].reshape(2, -1)
+    own, above = tree * (2 * n + 1) + codes
+    index, order, double = np.arange(n), np.argsort(own, kind="stable"), np.zeros(n, bool)
+    keys = own[order]
+    double[order[1:][keys[1:] == keys[:-1]]] = True
+    before = np.searchsorted(keys * n + order, above * n + index) - 1 # the last node with a smaller number, or with the same and further up
+    known, earlier = keys[np.minimum(np.searchsorted(keys, above), n - 1)] == above, (before >= 0) & (keys[before] == above)
+    return _Links(np.where(first | ~known, index, np.where(earlier, order[before], -1)), ~first & ~known, double)
+
+# %% ../nbs/07a_trees.ipynb #f258dc61
+def _links(h: _Headers, p: _Parts, index: np.ndarray, first: np.ndarray, ok: np.ndarray) -> _Links:
+    "`first`: index of the first node of each node's row; `ok`: rows whose nodes are good."
+    place, none = index - first, np.zeros(len(index), bool)
+    links = _Links(np.where(place == 0, index, first + p.father), none, none.copy())
+    odd = np.bincount(h.row[(p.local != place) | (p.father >= place) & (place > 0)], minlength=len(ok)) > 0 # rows whose numbers are not the positions
     others = (ok & odd)[h.row].nonzero()[0]
     if len(others):
-        found = _look_up(h.row[others], p.local[others], p.father[others], (index == first)[others])
-        up[others] = np.where(found < 0, -1, others[found])
-    return np.where((up < index) | (index == first), up, -1)
+        found = _look_up(h.row[others], p.local[others], p.father[others], (place == 0)[others])
+        for to, new in zip(links, (np.where(found.up < 0, -1, others[found.up]), *found[1:])): to[others] = new
+    return links
 
-# %% ../nbs/07a_trees.ipynb #0319dc85
+# %% ../nbs/07a_trees.ipynb #f31b56f1
+def _codes_of(links: _Links, p: _Parts, first: np.ndarray, keep: np.ndarray, tree: np.ndarray, n: int) -> list[list[str]]:
+    "Issue codes of `n` trees; `tree`: of each node that is kept."
+    rated = p.rating < 3
+    defects = dict(orphan_father=links.orphan, duplicate_id=links.double, missing_rating=~rated & ~first, empty_thought=p.start == p.end, root_rated=rated & first)
+    found, out = [(i, code) for code, which in defects.items() for i in which[keep].nonzero()[0].tolist()], [[] for _ in range(n)]
+    for i, code in sorted(found, key=lambda f: f[0]): out[tree[i]].append(code)
+    return out
+
+# %% ../nbs/07a_trees.ipynb #0482deb0
 def _regular_forest(texts: pa.Array) -> _Forest:
     "The trees of a batch that are in the ordinary layout."
     data, rows = _bytes_of(texts)
     h = _find_headers(data, rows)
     if not len(h.at): return _forest_of({})
     p, count, index = _read_parts(h, data, rows), np.bincount(h.row, minlength=len(rows) - 1), np.arange(len(h.at))
-    ok = (count > 0) & (np.bincount(h.row[~p.good], minlength=len(count)) == 0)
-    up = _links(h, p, index, np.repeat(np.cumsum(count) - count, count), ok)
-    ok &= np.bincount(h.row[up < 0], minlength=len(ok)) == 0
+    ok, first = (count > 0) & (np.bincount(h.row[~p.good], minlength=len(count)) == 0), np.repeat(np.cumsum(count) - count, count)
+    links = _links(h, p, index, first, ok)
+    ok &= np.bincount(h.row[links.up < 0], minlength=len(ok)) == 0
     keep, size = ok[h.row], _char_counter(data, bool(len(data) and data.max() >= 0x80))
-    moved, one = np.cumsum(keep) - 1, np.ones(int(ok.sum()), np.int64)
-    return _Forest(ok.nonzero()[0], count[ok], one, size(rows[:-1][ok], rows[1:][ok]), moved[up[keep]], p.kind[keep], p.rating[keep],
-        size(p.start[keep], p.end[keep]), [[] for _ in one])
+    moved, n, sizes = np.cumsum(keep) - 1, int(ok.sum()), count[ok]
+    return _Forest(ok.nonzero()[0], sizes, np.ones(n, np.int64), size(rows[:-1][ok], rows[1:][ok]), moved[links.up[keep]], p.kind[keep], p.rating[keep],
+        size(p.start[keep], p.end[keep]), _codes_of(links, p, index == first, keep, np.repeat(np.arange(n), sizes), n))
 
-# %% ../nbs/07a_trees.ipynb #94748546
+# %% ../nbs/07a_trees.ipynb #de26955c
 class _Rows(NamedTuple):
     "A batch of rows."
     numbers: np.ndarray # in what was given
@@ -1092,7 +1108,7 @@ class _Rows(NamedTuple):
     trees: dict[int, ThoughtTree] # number in the batch -> tree, where there is no text, or one that UTF-8 cannot carry
     names: dict[str, pa.Array] # domain and source
 
-# %% ../nbs/07a_trees.ipynb #323a1f64
+# %% ../nbs/07a_trees.ipynb #dd5a8135
 def _pick_column(column: str | None, there: Iterable[str]) -> str:
     "The column that has the texts; ValueError if there is none."
     there = list(there)
@@ -1111,7 +1127,7 @@ def _arrow_rows(rows: Dataset | pa.Table, column: str | None) -> Iterator[pa.Rec
         if not _is_text(parts["text"].type): raise ValueError(f"the column {found!r} is {parts['text'].type}, not text")
         yield pa.RecordBatch.from_pydict(parts | dict(text=parts["text"].cast(pa.large_string())))
 
-# %% ../nbs/07a_trees.ipynb #4ae623e6
+# %% ../nbs/07a_trees.ipynb #4a187711
 def _rows_of_arrow(rows: Dataset | pa.Table, column: str | None, report: LoadReport) -> Iterator[_Rows]:
     "Batches of a table; rows without a text go to the report."
     first = 0
@@ -1123,7 +1139,7 @@ def _rows_of_arrow(rows: Dataset | pa.Table, column: str | None, report: LoadRep
         yield _Rows(first + there, batch.column("text"), {}, names)
         first += size
 
-# %% ../nbs/07a_trees.ipynb #78317f77
+# %% ../nbs/07a_trees.ipynb #a3179406
 def _one_row(row: Any, column: str | None) -> str | ThoughtTree:
     "What a row holds; BadRow if it is nothing that can be read."
     if isinstance(row, (str, ThoughtTree)): return row
@@ -1135,7 +1151,7 @@ def _one_row(row: Any, column: str | None) -> str | ThoughtTree:
 
 def _utf8(value: Any) -> str | None: return None if value is None else str(value).encode("utf-8", "replace").decode()
 
-# %% ../nbs/07a_trees.ipynb #815061ee
+# %% ../nbs/07a_trees.ipynb #2b2127b5
 def _rows_of_list(rows: Iterable, column: str | None, report: LoadReport) -> Iterator[_Rows]:
     "Batches of a list or stream; rows that cannot be read go to the report."
     found, names, size = {}, [], 0
@@ -1150,7 +1166,7 @@ def _rows_of_list(rows: Iterable, column: str | None, report: LoadReport) -> Ite
         found, names, size = {}, [], 0
     if found: yield _a_batch(found, names)
 
-# %% ../nbs/07a_trees.ipynb #0a82e85b
+# %% ../nbs/07a_trees.ipynb #04f8f6b4
 def _a_batch(found: dict[int, str | ThoughtTree], names: list[list]) -> _Rows:
     "Texts and trees by row number as a batch."
     values, trees = list(found.values()), {i: t for i, t in enumerate(found.values()) if isinstance(t, ThoughtTree)}
@@ -1160,7 +1176,7 @@ def _a_batch(found: dict[int, str | ThoughtTree], names: list[list]) -> _Rows:
         texts = pa.array(["" if i in trees else t for i, t in enumerate(values)], pa.large_string())
     return _Rows(np.array(list(found), np.int64), texts, trees, {k: pa.array([n[j] for n in names], pa.string()) for j, k in enumerate(("domain", "source"))})
 
-# %% ../nbs/07a_trees.ipynb #323a7819
+# %% ../nbs/07a_trees.ipynb #505fcefa
 def _tree_batch(batch: _Rows) -> pa.Table:
     "One row a tree."
     fast = _regular_forest(batch.texts)
@@ -1172,7 +1188,7 @@ def _tree_batch(batch: _Rows) -> pa.Table:
     if len(tables) < 2: return tables[0] if tables else TREE_COLUMNS.empty_table()
     return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate([f.rows for f in forests]))))
 
-# %% ../nbs/07a_trees.ipynb #fe880038
+# %% ../nbs/07a_trees.ipynb #6cba9752
 def tree_table(
     rows: Any, # `Dataset`, Arrow table, stream, or a list: of texts, of rows with a column, of trees
     column: str | None = None, # where a row has its text; None: `text`, or else `response`
@@ -1191,13 +1207,13 @@ def tree_table(
     if report.unreadable: warnings.warn(str(report), UnreadableRows, stacklevel=2)
     return pa.concat_tables([TREE_COLUMNS.empty_table(), *tables]).replace_schema_metadata({"unreadable": json.dumps(report.unreadable)} if report.unreadable else None)
 
-# %% ../nbs/07a_trees.ipynb #37af779d
+# %% ../nbs/07a_trees.ipynb #1e72e0b4
 _TREE_METRICS = ("nodes", "depth", "leaves", "branching", "max_width", "chars", "thought_chars", "duplicate_rate", "orphan_rate", "missing_rate")
 _CORPUS_METRICS |= dict(corpus_duplicate_rate=("duplicate_ids", "nodes"), corpus_orphan_rate=("orphans", "nodes"), corpus_missing_rate=("missing_ratings", "others"))
 _COUNT_COLUMNS = {name: pa.schema([("group", pa.string()), *((k, pa.string()) for k in keys), ("n", pa.int64()), ("share", pa.float64())])
     for name, keys in (("ratings", ("type", "rating")), ("transitions", ("parent", "child")))}
 
-# %% ../nbs/07a_trees.ipynb #c7215ced
+# %% ../nbs/07a_trees.ipynb #5873c2be
 class TreeSummary(NamedTuple):
     "Statistics of a corpus of trees by group."
     metrics: pa.Table # group, level ("tree", "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high; on level "corpus", `median` is the rate itself
@@ -1213,7 +1229,7 @@ class TreeSummary(NamedTuple):
             if (r["group"], r["metric"], r["level"]) == (group, metric, level): return r
         raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
 
-# %% ../nbs/07a_trees.ipynb #4c89be0d
+# %% ../nbs/07a_trees.ipynb #de2fb674
 def _grid_sums(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray: # [type, name]
     "Sums over all trees of a column of nested counts."
     return np.array([[pc.sum(pc.struct_field(column, [t, n])).as_py() or 0 for n in names] for t in THOUGHT_TYPES], np.int64)
@@ -1227,7 +1243,7 @@ def _count_rows(group: str, counts: np.ndarray, names: tuple[str, ...], kind: st
     keys = _COUNT_COLUMNS[kind].names[1:3]
     return [dict(zip(keys, (t, name)), group=group, n=int(n), share=s) for t, line, shares in zip(THOUGHT_TYPES, counts, _shares(counts)) for name, n, s in zip(names, line, shares)]
 
-# %% ../nbs/07a_trees.ipynb #e60e2dd6
+# %% ../nbs/07a_trees.ipynb #ec828ae6
 def summarize_trees(
     table: pa.Table, # of `tree_table`
     by: str = "domain", # column that makes the groups
@@ -1247,7 +1263,7 @@ def summarize_trees(
     bad = json.loads((table.schema.metadata or {}).get(b"unreadable", b"[]"))
     return TreeSummary(*(pa.Table.from_pylist(rows, schema=schema) for rows, schema in made), by, [Unreadable(*u) for u in bad])
 
-# %% ../nbs/07a_trees.ipynb #9618127e
+# %% ../nbs/07a_trees.ipynb #f0a674ce
 @patch
 def overview(self: TreeSummary) -> pa.Table: # group, trees, nodes, depth, leaves, branching (medians with quartiles), duplicate_rate, orphan_rate, missing_rate
     "One row a group: medians over trees, rates over all nodes of the group."
@@ -1269,7 +1285,7 @@ def matrix(self: TreeSummary,
     kind = pa.float64() if share else pa.int64()
     return pa.table(dict(parent=pa.array(THOUGHT_TYPES)) | {c: pa.array([found[p, c] for p in THOUGHT_TYPES], kind) for c in THOUGHT_TYPES})
 
-# %% ../nbs/07a_trees.ipynb #0f3aca1f
+# %% ../nbs/07a_trees.ipynb #6fc9128b
 def _in_words(self: TreeSummary) -> list[tuple[str, Any]]:
     "(heading, data frame) of what is shown."
     bad = f"; {len(self.unreadable):,} rows could not be read" if self.unreadable else ""
@@ -1281,7 +1297,7 @@ def __repr__(self: TreeSummary) -> str: return "\n\n".join(f"{visible(title)}\n{
 @patch
 def _repr_html_(self: TreeSummary) -> str: return "".join(f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, na_rep='–')}" for title, frame in _in_words(self))
 
-# %% ../nbs/07a_trees.ipynb #c838a746
+# %% ../nbs/07a_trees.ipynb #c169feba
 def plot_type_ratings(
     table: pa.Table, # of `tree_table`
 ) -> Figure: # a bar for each type that occurs, cut by rating
@@ -1298,7 +1314,7 @@ def plot_type_ratings(
     if len(there): ax.legend(frameon=False, ncols=len(_RATINGS), loc="upper center", bbox_to_anchor=(.5, 1.14), fontsize="small")
     return fig
 
-# %% ../nbs/07a_trees.ipynb #722003ed
+# %% ../nbs/07a_trees.ipynb #7aad03b3
 def plot_transitions(
     table: pa.Table, # of `tree_table`
 ) -> Figure: # shares as colour and in figures; counts on the left
@@ -1315,7 +1331,7 @@ def plot_transitions(
     fig.suptitle("What follows what", fontsize="medium")
     return fig
 
-# %% ../nbs/07a_trees.ipynb #cea656db
+# %% ../nbs/07a_trees.ipynb #01df3dff
 def _edges_for(values: list[int]) -> np.ndarray:
     "Edges of bins for whole numbers: one bin a number up to forty, else thirty bins."
     low, high = min(values, default=0), max(values, default=0)
@@ -1335,7 +1351,7 @@ def plot_tree_shapes(
     if drawn: axes[1].legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07a_trees.ipynb #6a7c3b8a
+# %% ../nbs/07a_trees.ipynb #70ffe89a
 def plot_all_trees(
     table: pa.Table, # of `tree_table`
 ) -> Iterator[tuple[str, str, str, Figure]]: # (name, title, caption, figure); close each figure after use
