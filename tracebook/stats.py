@@ -808,7 +808,7 @@ def plot_all(
 # %% ../nbs/07a_trees.ipynb #6e5ac755
 import json
 from html import escape
-from typing import Mapping
+from typing import Iterable, Mapping
 
 from .sources import BadRow, Unreadable, _is_text
 from .thoughts import RATING_TOKENS, THOUGHT_TYPES, ThoughtTree, _COLOURS as _RATING_COLOURS, _E, _F, _L, _R, _T, _f, _l, _r, _Regular, _tree_of_row, parse_thoughts
@@ -868,7 +868,7 @@ class _Shape(NamedTuple):
 
 def _shape(f: _Forest, tree: np.ndarray, below: np.ndarray) -> _Shape:
     "`tree`: of each node; `below`: whether it has a parent."
-    n, depth, total = len(f.sizes), _depths_of(f.up), lambda which: np.bincount(tree[which], minlength=len(f.sizes))
+    depth, total = _depths_of(f.up), lambda which: np.bincount(tree[which], minlength=len(f.sizes))
     deepest = _tops(depth, np.cumsum(f.sizes) - f.sizes, f.sizes)
     first = np.cumsum(deepest + 1) - deepest - 1
     widths = np.bincount(first[tree] + depth, minlength=0)
