@@ -1149,6 +1149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tracebook.thoughts._regular': ('thoughts.html#_regular', 'tracebook/thoughts.py'),
                                     'tracebook.thoughts._regular_links': ('thoughts.html#_regular_links', 'tracebook/thoughts.py'),
                                     'tracebook.thoughts._row_of': ('thoughts.html#_row_of', 'tracebook/thoughts.py'),
+                                    'tracebook.thoughts._set_value': ('thoughts.html#_set_value', 'tracebook/thoughts.py'),
                                     'tracebook.thoughts._short': ('thoughts.html#_short', 'tracebook/thoughts.py'),
                                     'tracebook.thoughts._state': ('thoughts.html#_state', 'tracebook/thoughts.py'),
                                     'tracebook.thoughts._tree_of': ('thoughts.html#_tree_of', 'tracebook/thoughts.py'),
