@@ -520,17 +520,17 @@ def _write_policy_rows(trees: list, path: str, tokenizer: Any, max_length: int |
         for row in rows: file.write(_json_line(row))
     return dict(path=str(Path(path).resolve()), rows=len(rows), left_out=dict(rows.left_out), added_tokens=list(added))
 
-# %% ../nbs/16_cli.ipynb #eb14a3ea
+# %% ../nbs/16_cli.ipynb #96dddfcb
 def _thoughts(args: argparse.Namespace) -> None:
-    from tracebook.sources import LoadReport, UnreadableRows
+    from tracebook.sources import LoadReport, UnreadableRows, _source_name
     if args.to_policy_rows and not args.tokenizer: raise ValueError("rows are made of tokens: name a tokenizer with --tokenizer, such as --tokenizer google/gemma-2-2b-it")
     if args.to_policy_rows: from tracebook.tokens import load_tokenizer
     tokenizer = load_tokenizer(args.tokenizer) if args.to_policy_rows else None
     trees, unreadable = _read_thoughts(args)
-    if not trees: raise ValueError("there is no thought tree" + (f"; {unreadable[0].where}: {unreadable[0].reason}" if unreadable else ""))
+    if not any(map(len, trees)): raise ValueError("there is no thought tree" + (f"; {unreadable[0].where}: {unreadable[0].reason}" if unreadable else f": none of {len(trees):,} texts has the header of a node" if trees else ""))
     done = dict(chat=_write_chats(trees, args.to_chat)) if args.to_chat else {}
     if tokenizer: done["policy_rows"] = _write_policy_rows(trees, args.to_policy_rows, tokenizer, args.max_length)
-    if unreadable: warnings.warn(str(LoadReport(args.source or "the bundled sample", rows=len(trees) + len(unreadable), unreadable=unreadable)), UnreadableRows)
+    if unreadable: warnings.warn(str(LoadReport("standard input" if args.source == "-" else _source_name(args.source or "the bundled sample"), rows=len(trees) + len(unreadable), unreadable=unreadable)), UnreadableRows)
     counts = _thought_counts(trees)
     if args.json: print(json.dumps(counts | done | dict(unreadable=[u._asdict() for u in unreadable])))
     else: _say_thoughts(counts, done, trees[:args.show])
