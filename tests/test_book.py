@@ -13,6 +13,7 @@ from tracebook.book import _token_texts, _trace_item, live_trace, make_book, ren
 from tracebook.memento import MEMENTO_TOKENS, build_memento, parse
 from tracebook.sources import load_traces, make_traces, sample_traces, sample_zoo
 from tracebook.stats import measure, summarize
+from tracebook.thoughts import parse_thoughts
 from tracebook.tokens import add_memento_tokens, make_tokenizer
 from tracebook.toy import toy_config
 from tracebook.trace import PHI4, QWEN3, VANILLA, ContextPolicy
@@ -346,3 +347,39 @@ def test_token_texts_are_the_text(text):
 def test_the_toy_writes_the_same_page_every_time(tmp_path):
     first, again = (live_page(tmp_path, live_trace())[0] for _ in range(2))
     assert first == again and "the answer are right" in first and "tracebook toy" in first
+
+
+EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m</details></section>'
+TREE_NODE = "<start_of_father_id>{}<end_of_father_id><start_of_local_id>{}<end_of_local_id><start_of_thought>{}<end_of_thought><start_of_rating>{}<end_of_rating>"
+
+def test_hostile_trees(tmp_path):
+    "What a tree says is shown and never run; what is wrong with it is named."
+    good = TREE_NODE.format(-1, 0, "<problem>2+3?", "<unknown_rating>") + TREE_NODE.format(0, 1, "<expansion>5", "<positive_rating>")
+    rows = [dict(text=good, domain=EVIL), dict(text=TREE_NODE.format(-1, 0, EVIL, "<unknow_rating>")), dict(text=None), dict(text="no header"), dict(text=EVIL + good[:-9])]
+    with pytest.warns(UserWarning, match="row 2"): book = make_book(None, tmp_path/"b.html", trees=rows)
+    page = Page(book.path.read_text(encoding="utf-8"))
+    shown, tags = "".join(page.text), [t for t, _ in page.elements]
+    assert (book.trees, book.traces, tags.count("img")) == (4, 0, 0)
+    assert not [a for _, attrs in page.elements for a in attrs if a.startswith("on")]
+    assert EVIL.replace("\x1b", "␛") in shown and "\x1b" not in shown
+    assert "rating_misspelled" in shown and "row 2" in shown
+    assert sum("tree" in (a.get("class") or "").split() for t, a in page.elements if t == "details") == 4
+
+def test_book_of_a_thousand_trees_is_bounded(tmp_path):
+    "All trees are counted, thirty are to be read, and a long one is cut with a note."
+    long = TREE_NODE.format(-1, 0, "p", "") + "".join(TREE_NODE.format(0, i, f"<expansion>{i}", "<positive_rating>") for i in range(1, 500))
+    rows = [dict(text=long, domain=f"d{i % 50}") for i in range(60)]
+    with within(60): book = make_book(None, tmp_path/"b.html", trees=rows)
+    page = Page(book.path.read_text(encoding="utf-8"))
+    shown = "".join(page.text)
+    assert book.trees == 60 and "The first 30 of 60" in shown and "300 nodes of this tree not shown" in shown
+    assert sum("tree" in (a.get("class") or "").split() for t, a in page.elements if t == "details") == 30
+    assert make_book(sample_traces(), tmp_path/"t.html", trees=[long]).trees == 1
+
+def test_trees_of_every_kind(tmp_path):
+    "Streams, trees, datasets and saved trees give the same chapter."
+    rows = sample_traces("thoughts")
+    kinds = [rows, rows.data.table, rows.to_iterable_dataset(), (dict(r) for r in rows), rows.rename_column("text", "response")]
+    pages = [make_book(None, tmp_path/f"{i}.html", trees=k).path.read_bytes() for i, k in enumerate(kinds)]
+    assert len(set(pages)) == 1
+    assert make_book(None, tmp_path/"x.html", trees=[parse_thoughts(t) for t in rows["text"]]).trees == 16

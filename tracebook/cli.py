@@ -131,7 +131,7 @@ def _add_sft(commands: Any, common: list) -> None:
     p.add_argument("--chat-template", metavar="FILE", help="a file with a template to use instead of the tokenizer's")
     p.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them (default: stop at the first)")
 
-# %% ../nbs/16_cli.ipynb #8fbfa892
+# %% ../nbs/16_cli.ipynb #cc994527
 def _lines_file(text: str) -> str:
     if not text.endswith(".jsonl"): raise argparse.ArgumentTypeError(f"{text!r} must end in .jsonl")
     return text
@@ -145,7 +145,7 @@ def _add_thoughts(commands: Any) -> None:
     p.add_argument("--tokenizer", metavar="NAME", help=_TOKENIZER_HELP + "; what it lacks of the fifteen markers is added to a copy")
     p.add_argument("--max-length", type=_positive, metavar="N", help="at most N tokens a row; what is above goes by whole nodes, from the left (default: no limit)")
 
-# %% ../nbs/16_cli.ipynb #5760857b
+# %% ../nbs/16_cli.ipynb #4ed34edd
 def _parser() -> argparse.ArgumentParser:
     "The whole command."
     top = _Parser(prog="tracebook", description="Read, measure and publish the reasoning traces of language models.",
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", parents=common, help="write one self-contained HTML page", description="Write one self-contained HTML page: health, statistics, plots and a reader.")
     book.add_argument("--out", default="tracebook.html", metavar="FILE", help="where the page shall lie (default: tracebook.html)")
     book.add_argument("--title", default="tracebook", help="of the page (default: tracebook)")
+    book.add_argument("--trees", metavar="SOURCE", help="thought trees for a chapter of their own: a file, a folder or a name on the hub; without another SOURCE the page shows only them")
     book.add_argument("--no-live", action="store_true", help="without SOURCE, leave out the chapter in which the toy model writes a trace")
     book.add_argument("--max-traces", type=_natural, default=200, metavar="N", help="traces in the reader; all are counted (default: 200)")
     book.add_argument("--tokenizer", metavar="NAME", default="cached", help=_TOKENIZER_HELP + "; none: characters and words only (default: that of a model of the Memento paper, if the local cache has one)")
@@ -169,13 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     for add in (_add_context, _add_sft): add(commands, common)
     return top
 
-# %% ../nbs/16_cli.ipynb #e28dbce7
+# %% ../nbs/16_cli.ipynb #b8e0efb6
 def _one_response(raw: bytes, name: str) -> list[dict]:
     if not raw.strip(): raise ValueError(f"{name} is empty (empty_file)")
     try: return [dict(response=raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))]
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (byte 0x{raw[e.start]:02x} at byte {e.start})") from None
 
-# %% ../nbs/16_cli.ipynb #7ddc0466
+# %% ../nbs/16_cli.ipynb #d67d44d2
 def _stdin_rows(raw: bytes) -> Any:
     "JSON Lines, a JSON list of rows, or one response."
     start = raw.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -186,7 +187,7 @@ def _stdin_rows(raw: bytes) -> Any:
         if rows and all(isinstance(r, kind) for r in rows): return rows if kind is dict else [dict(response=r) for r in rows]
     return _one_response(raw, "standard input")
 
-# %% ../nbs/16_cli.ipynb #80d478fc
+# %% ../nbs/16_cli.ipynb #985273ab
 def _source(args: argparse.Namespace) -> Any:
     "What a call names as its source."
     from tracebook.sources import sample_traces
@@ -198,14 +199,14 @@ def _limit(args: argparse.Namespace) -> int | None:
     from tracebook.sources import _is_hub_name
     return 1000 if args.limit is None and _is_hub_name(args.source) else args.limit
 
-# %% ../nbs/16_cli.ipynb #2c2f9920
+# %% ../nbs/16_cli.ipynb #ac3d5d8e
 def _open(args: argparse.Namespace) -> Any:
     "The rows that a call asks for."
     from tracebook.sources import _is_hub_name, load_traces
     sample = args.sample or ("shards" if _is_hub_name(args.source) else "head")
     return load_traces(_source(args), args.config, args.split, _limit(args), sample, args.seed, dict(args.column_map) or None)
 
-# %% ../nbs/16_cli.ipynb #c58e82d6
+# %% ../nbs/16_cli.ipynb #ffda0e86
 def _one_line(message: str) -> str:
     from tracebook.trace import visible
     return visible(" ".join(message.split()))
@@ -223,7 +224,7 @@ def _run(args: argparse.Namespace) -> tuple[int, str | None]:
         return 1, f"{type(e).__name__}: {e} (this is a fault of tracebook; TRACEBOOK_DEBUG=1 shows where)"
     return 0, None
 
-# %% ../nbs/16_cli.ipynb #32812b82
+# %% ../nbs/16_cli.ipynb #8be44a17
 def main(
     argv: Sequence[str] | None = None, # arguments; None: those of the process
 ) -> int: # 0 done, 1 bad input, 2 wrong call, 130 interrupted
@@ -243,21 +244,34 @@ def main(
     if error: print(f"tracebook: error: {_one_line(error)}", file=sys.stderr)
     return code
 
-# %% ../nbs/16_cli.ipynb #320998f1
+# %% ../nbs/16_cli.ipynb #376e6a46
 def _book(args: argparse.Namespace) -> None:
     from tracebook.book import live_trace, make_book
-    rows, live = _open(args), None if args.source or args.no_live else live_trace()
-    book = make_book(rows, args.out, title=args.title, max_traces=args.max_traces, tokenizer=None if args.tokenizer == "none" else args.tokenizer, live=live)
+    from tracebook.sources import sample_traces
+    alone = bool(args.trees and not args.source)
+    rows, live = None if alone else _open(args), None if args.source or alone or args.no_live else live_trace()
+    trees = _book_trees(args) if args.trees else None if args.source else sample_traces("thoughts")
+    book = make_book(rows, args.out, title=args.title, trees=trees, max_traces=args.max_traces, tokenizer=None if args.tokenizer == "none" else args.tokenizer, live=live)
     if args.json: return print(json.dumps(book._asdict() | dict(path=str(book.path.resolve()))))
     from tracebook.trace import _count, visible
     shown = "all of them" if book.shown == book.traces else f"the first {book.shown:,}"
     bad = f", {_count(book.unreadable, 'row')} could not be read" if book.unreadable else ""
     print(f"{visible(str(book.path.resolve()))}  ({book.size / 1e6:.1f} MB)")
     domains = f" in {_count(book.domains, 'domain')}" if book.domains else ""
-    print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {_count(book.figures, 'plot')}; {shown} to read. Open it in a browser.")
+    if not alone: print(f"{_count(book.traces, 'trace')}{domains}, {book.with_issues or 'none'} with issues{bad}; {shown} to read.")
+    if book.trees: print(f"{_count(book.trees, 'thought tree')}.")
+    print(f"{_count(book.figures, 'plot')}. Open it in a browser.")
     if live: print(f"Live: {live.model} wrote {_count(len(live.output.generated), 'token')}, with at most {live.output.curve.peak:,} in its cache.")
 
-# %% ../nbs/16_cli.ipynb #c39f243f
+# %% ../nbs/16_cli.ipynb #36aaa922
+def _book_trees(args: argparse.Namespace) -> list[dict]:
+    "The thought trees that a page asks for, with the domains of their rows; ValueError if there are none."
+    trees, domains, unreadable = _read_thoughts(argparse.Namespace(**vars(args) | dict(source=args.trees, config=None, limit=None)))
+    _warn_of(args.trees, len(trees), unreadable)
+    if not any(map(len, trees)): raise ValueError(_no_tree(trees, unreadable))
+    return [(dict(text=t.text) if t.text is not None else t.to_dict()) | dict(domain=d) for t, d in zip(trees, domains)]
+
+# %% ../nbs/16_cli.ipynb #024bd420
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     "A rich table; numbers to the right."
     from rich.table import Table
@@ -269,7 +283,7 @@ def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]):
     for row in rows: table.add_row(*(Text(visible(x) if isinstance(x, str) else _number(x)) for x in row))
     return table
 
-# %% ../nbs/16_cli.ipynb #9a50d641
+# %% ../nbs/16_cli.ipynb #d4b76f92
 def _write_table(table: Any, path: str) -> None:
     "One row a trace, in the format that the name asks for."
     from tracebook.sources import write_whole
@@ -282,7 +296,7 @@ def _write_table(table: Any, path: str) -> None:
         pyarrow.csv.write_csv(table, out)
     write_whole(path, out.getvalue())
 
-# %% ../nbs/16_cli.ipynb #15c30696
+# %% ../nbs/16_cli.ipynb #38314ec8
 def _stats(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.sources import load_report
@@ -304,7 +318,7 @@ def _stats(args: argparse.Namespace) -> None:
     ours = [r for r in compare_with_paper(summary).to_pylist() if r["ours"] is not None and r["group"] != "all"]
     if ours: console.print(_table("Beside the published figures of OpenMementos", ["figure", "group", "published", "here"], [(r["statistic"], r["group"], r["published"], round(r["ours"], 3)) for r in ours]))
 
-# %% ../nbs/16_cli.ipynb #7655756e
+# %% ../nbs/16_cli.ipynb #bb64607d
 def _parse(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.book import render_trace
@@ -320,7 +334,7 @@ def _parse(args: argparse.Namespace) -> None:
         render_trace(trace, args.width, console)
     if args.out: write_whole(args.out, file.getvalue())
 
-# %% ../nbs/16_cli.ipynb #b4e7ef78
+# %% ../nbs/16_cli.ipynb #232ea423
 def _compressed(args: argparse.Namespace, column: str, tally: Any) -> Any:
     "The rows with their compressed responses; what became of rows and blocks goes to the tally."
     from tracebook.compress import compress_report
@@ -340,7 +354,7 @@ def _compressed(args: argparse.Namespace, column: str, tally: Any) -> Any:
         if not any(b.action == "dropped" for b in report.blocks): tally.unchanged["nothing_to_drop" if report.blocks else "no_blocks"] += 1
         yield {**row, args.column or column: report.compressed.text}
 
-# %% ../nbs/16_cli.ipynb #c408fee8
+# %% ../nbs/16_cli.ipynb #dcbbea16
 def _json_line(row: dict) -> bytes:
     "A row as a line of JSON; ASCII only where UTF-8 cannot carry it."
     try: return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
@@ -350,7 +364,7 @@ class _Tally(SimpleNamespace):
     "What became of the rows."
     def __init__(self): super().__init__(rows=0, with_column=0, before=0, after=0, unchanged=Counter(), blocks=Counter(), unreadable=[])
 
-# %% ../nbs/16_cli.ipynb #37405d02
+# %% ../nbs/16_cli.ipynb #66f77c41
 def _compress(args: argparse.Namespace) -> None:
     from tracebook.sources import LoadReport, UnreadableRows, _source_name, open_whole
     column, tally, to_screen = dict(args.column_map).get("response", "response"), _Tally(), args.out == "-"
@@ -364,7 +378,7 @@ def _compress(args: argparse.Namespace) -> None:
     if tally.unreadable: warnings.warn(str(LoadReport("standard input" if args.source == "-" else _source_name(args.source or "the bundled sample"), rows=tally.rows, unreadable=tally.unreadable)), UnreadableRows)
     _say_compressed(args, tally, sys.stderr if to_screen else sys.stdout)
 
-# %% ../nbs/16_cli.ipynb #144a4c48
+# %% ../nbs/16_cli.ipynb #7d18d413
 def _say_compressed(args: argparse.Namespace, tally: _Tally, file: Any) -> None:
     "What was done: for people, or as JSON."
     from tracebook.compress import REASONS, _policy
@@ -379,7 +393,7 @@ def _say_compressed(args: argparse.Namespace, tally: _Tally, file: Any) -> None:
     why = dict(no_blocks="no blocks", nothing_to_drop="no block may go", no_response="no response")
     for reason, n in tally.unchanged.most_common(): print(f"  {_count(n, 'row')} unchanged: {why[reason]}", file=file)
 
-# %% ../nbs/16_cli.ipynb #d6bc0a2e
+# %% ../nbs/16_cli.ipynb #7b720b63
 def _context_rows(table: Any) -> list[list]:
     "Medians by domain and policy."
     from statistics import median
@@ -391,7 +405,7 @@ def _context_rows(table: Any) -> list[list]:
     order = sorted(groups, key=lambda g: (g[0] == "all", -len(groups[g]), g[0])) # the policies of a domain stay in their order
     return [[name, policy, len(rows := groups[name, policy]), *(middle(rows, k) for k in ("n_tokens", "peak", "mean")), *(middle(rows, k, 100) for k in ("peak_ratio", "auc_ratio")), *(middle(rows, k) for k in extra)] for name, policy in order]
 
-# %% ../nbs/16_cli.ipynb #278b4cdc
+# %% ../nbs/16_cli.ipynb #80b1db08
 def _context(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.attention import TABLE_1_CAVEATS, compare_with_table_1, context_curve
@@ -409,7 +423,7 @@ def _context(args: argparse.Namespace) -> None:
     if published: console.print(_table("Beside Table 1 of the Memento paper (Memento / control)", ["model", "policy", "peak, published", "peak, here", "area, published", "area, here"], [(r["model"], r["policy"], r["published_peak"], round(r["peak"], 2), r["published_auc"], round(r["auc"], 2)) for r in published]))
     if published: console.print("Not the same thing: " + " ".join(TABLE_1_CAVEATS[:2]), style="dim")
 
-# %% ../nbs/16_cli.ipynb #84c3ec51
+# %% ../nbs/16_cli.ipynb #cbf5da69
 def _ledger_rows(ledger: dict) -> list[list]:
     "(what, number, per cent of all tokens) of a ledger."
     share = lambda n: 100 * n / ledger["tokens"] if ledger["tokens"] else None
@@ -418,7 +432,7 @@ def _ledger_rows(ledger: dict) -> list[list]:
     trained = [["tokens trained", ledger["trained"], share(ledger["trained"])], *([f"  {k}", n, share(n)] for k, n in sorted(ledger["by_field"].items(), key=lambda x: -x[1]))]
     return rows[:2] + [r for r in rows[2:] if r[1]] + [["tokens", ledger["tokens"], None], *trained]
 
-# %% ../nbs/16_cli.ipynb #540f2da2
+# %% ../nbs/16_cli.ipynb #f213becb
 def _file_text(name: str | None) -> str | None:
     "The text of a file; None for None."
     if name is None: return None
@@ -426,7 +440,7 @@ def _file_text(name: str | None) -> str | None:
     except OSError as e: raise ValueError(f"{name} cannot be read ({e.strerror})") from None
     except UnicodeDecodeError as e: raise ValueError(f"{name} is not UTF-8 (at byte {e.start})") from None
 
-# %% ../nbs/16_cli.ipynb #a62ae2bb
+# %% ../nbs/16_cli.ipynb #5f474eb2
 def _sft(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.masking import prepare_sft
@@ -445,7 +459,7 @@ def _sft(args: argparse.Namespace) -> None:
     if about["added_tokens"]: print(f"The tokenizer has {_count(len(about['added_tokens']), 'new token')}; tracebook.tokens.add_memento_tokens(tokenizer, model) makes rows for them.")
     print(visible(str(Path(args.out).resolve())))
 
-# %% ../nbs/16_cli.ipynb #75c395d2
+# %% ../nbs/16_cli.ipynb #891561b2
 def _template(args: argparse.Namespace) -> None:
     from tracebook.masking import check_template
     from tracebook.tokens import load_tokenizer
@@ -454,40 +468,55 @@ def _template(args: argparse.Namespace) -> None:
     if not any(p["verified"] for p in report.probes.values()): raise ValueError(report.probes["plain"]["message"])
     print(json.dumps(report.to_dict()) if args.json else visible(repr(report)))
 
-# %% ../nbs/16_cli.ipynb #584e6a41
+# %% ../nbs/16_cli.ipynb #d1b56aca
 def _tree_of_line(row: Any, column: str | None) -> Any: # a `ThoughtTree`
     "The tree of a row; BadRow if it holds none."
     from tracebook.thoughts import _tree_of_row
     if isinstance(row, Exception): raise row
     return _tree_of_row(row, column or ("response" if "response" in row and "text" not in row else "text"))
 
-def _read_thoughts(args: argparse.Namespace) -> tuple[list, list]: # trees, and what could not be read
+def _read_thoughts(args: argparse.Namespace) -> tuple[list, list, list]: # trees, their domains, and what could not be read
     "The trees that a call asks for."
     from tracebook.sources import BadRow, Unreadable, read_rows, sample_traces
     from tracebook.thoughts import read_trees
-    column, trees, unreadable = dict(args.column_map).get("response"), [], []
+    names = dict(args.column_map)
+    column, trees, domains, unreadable = names.get("response"), [], [], []
     if args.source not in (None, "-") and Path(args.source).is_dir():
         trees, unreadable = read_trees(args.source, column or "text")
-        return trees[:args.limit], unreadable
+        return trees[:args.limit], [None] * len(trees[:args.limit]), unreadable
     source = sample_traces("thoughts") if args.source is None else _source(args)
     for where, row in read_rows(source, args.config, args.split, _limit(args)):
         try: trees.append(_tree_of_line(row, column))
         except BadRow as e: unreadable.append(Unreadable(where, e.code, str(e)))
-    return trees, unreadable
+        else: domains.append(row.get(names.get("domain", "domain")) if isinstance(row, dict) else None)
+    return trees, domains, unreadable
 
-# %% ../nbs/16_cli.ipynb #dc25281b
-def _thought_counts(trees: list) -> dict:
+# %% ../nbs/16_cli.ipynb #89aabf1d
+def _no_tree(trees: list, unreadable: list) -> str:
+    "Why there is nothing to show."
+    if unreadable: return f"there is no thought tree; {unreadable[0].where}: {unreadable[0].reason}"
+    return "there is no thought tree" + (f": none of {len(trees):,} texts has the header of a node" if trees else "")
+
+def _warn_of(source: str | None, read: int, unreadable: list) -> None:
+    from tracebook.sources import LoadReport, UnreadableRows, _source_name
+    name = "standard input" if source == "-" else _source_name(source or "the bundled sample")
+    if unreadable: warnings.warn(str(LoadReport(name, rows=read + len(unreadable), unreadable=unreadable)), UnreadableRows)
+
+# %% ../nbs/16_cli.ipynb #e703cd88
+def _thought_counts(trees: list, domains: list) -> dict:
     "Statistics of trees, as JSON can hold them."
-    from statistics import median
-    from tracebook.thoughts import THOUGHT_TYPES
-    kinds, codes = Counter((n.type, n.rating) for t in trees for n in t), Counter(c for t in trees for c in {(i.severity, i.code) for i in t.issues})
-    sizes = dict(nodes=[len(t) for t in trees], depth=[t.depth for t in trees], leaves=[len(t.leaves) for t in trees], characters=[len(t.to_text()) for t in trees])
-    return dict(trees=len(trees), nodes=sum(kinds.values()), with_issues=sum(bool(t.issues) for t in trees),
-        types=[dict(type=k, **{r or "not_rated": kinds[k, r] for r in ("positive", "negative", "unknown", None)}) for k in THOUGHT_TYPES if any(kinds[k, r] for r in ("positive", "negative", "unknown", None))],
-        sizes=[dict(of=k, min=min(v), median=float(median(v)), max=max(v)) for k, v in sizes.items() if v],
-        issues=[dict(severity=s, code=c, trees=n) for (s, c), n in codes.most_common()])
+    import pyarrow as pa
+    from tracebook.stats import summarize_trees, tree_table
+    table = tree_table(trees)
+    table = table.set_column(table.column_names.index("domain"), "domain", pa.array([None if d is None else str(d) for d in domains], pa.string()))
+    summary, types = summarize_trees(table), {}
+    for r in summary.ratings.to_pylist():
+        if r["group"] == "all": types.setdefault(r["type"], {})["not_rated" if r["rating"] == "none" else r["rating"]] = r["n"]
+    issues = [dict(severity=r["severity"], code=r["code"], trees=r["rows"]) for r in summary.issues.to_pylist() if r["group"] == "all"]
+    return dict(trees=len(table), nodes=sum(table["nodes"].to_pylist()), with_issues=sum(map(bool, table["issues"].to_pylist())),
+        types=[dict(type=k, **v) for k, v in types.items() if any(v.values())], domains=summary.overview().to_pylist(), issues=issues)
 
-# %% ../nbs/16_cli.ipynb #8aa514a2
+# %% ../nbs/16_cli.ipynb #1c84af90
 def _thought_chat(tree: Any) -> list[dict] | str: # messages, or why there are none
     "The best path of a tree as a chat."
     path = tree.best_path()
@@ -497,7 +526,7 @@ def _thought_chat(tree: Any) -> list[dict] | str: # messages, or why there are n
     said = "\n".join(n.text.strip() for n in path[1:] if n.type != "critic")
     return [dict(role="user", content=tree.root.text.strip()), dict(role="assistant", content=said)]
 
-# %% ../nbs/16_cli.ipynb #3830dd94
+# %% ../nbs/16_cli.ipynb #31fa11bb
 def _write_chats(trees: list, path: str) -> dict:
     "Chats as JSON Lines; what was written and what was left out."
     from tracebook.sources import open_whole
@@ -509,7 +538,7 @@ def _write_chats(trees: list, path: str) -> dict:
             n += 1
     return dict(path=str(Path(path).resolve()), rows=n, left_out=dict(left_out))
 
-# %% ../nbs/16_cli.ipynb #154e3ce8
+# %% ../nbs/16_cli.ipynb #5e6ef03d
 def _write_policy_rows(trees: list, path: str, tokenizer: Any, max_length: int | None) -> dict:
     "Policy rows as JSON Lines; what was written and what was left out."
     from tracebook.heads import add_thought_tokens, thought_rows
@@ -520,22 +549,21 @@ def _write_policy_rows(trees: list, path: str, tokenizer: Any, max_length: int |
         for row in rows: file.write(_json_line(row))
     return dict(path=str(Path(path).resolve()), rows=len(rows), left_out=dict(rows.left_out), added_tokens=list(added))
 
-# %% ../nbs/16_cli.ipynb #96dddfcb
+# %% ../nbs/16_cli.ipynb #86c3cc7a
 def _thoughts(args: argparse.Namespace) -> None:
-    from tracebook.sources import LoadReport, UnreadableRows, _source_name
     if args.to_policy_rows and not args.tokenizer: raise ValueError("rows are made of tokens: name a tokenizer with --tokenizer, such as --tokenizer google/gemma-2-2b-it")
     if args.to_policy_rows: from tracebook.tokens import load_tokenizer
     tokenizer = load_tokenizer(args.tokenizer) if args.to_policy_rows else None
-    trees, unreadable = _read_thoughts(args)
-    if not any(map(len, trees)): raise ValueError("there is no thought tree" + (f"; {unreadable[0].where}: {unreadable[0].reason}" if unreadable else f": none of {len(trees):,} texts has the header of a node" if trees else ""))
+    trees, domains, unreadable = _read_thoughts(args)
+    if not any(map(len, trees)): raise ValueError(_no_tree(trees, unreadable))
     done = dict(chat=_write_chats(trees, args.to_chat)) if args.to_chat else {}
     if tokenizer: done["policy_rows"] = _write_policy_rows(trees, args.to_policy_rows, tokenizer, args.max_length)
-    if unreadable: warnings.warn(str(LoadReport("standard input" if args.source == "-" else _source_name(args.source or "the bundled sample"), rows=len(trees) + len(unreadable), unreadable=unreadable)), UnreadableRows)
-    counts = _thought_counts(trees)
+    _warn_of(args.source, len(trees), unreadable)
+    counts = _thought_counts(trees, domains)
     if args.json: print(json.dumps(counts | done | dict(unreadable=[u._asdict() for u in unreadable])))
     else: _say_thoughts(counts, done, trees[:args.show])
 
-# %% ../nbs/16_cli.ipynb #d10150ac
+# %% ../nbs/16_cli.ipynb #56b6b118
 def _say_thoughts(counts: dict, done: dict, shown: list) -> None:
     "Tables, trees, and what was written."
     from rich.console import Console
@@ -543,7 +571,7 @@ def _say_thoughts(counts: dict, done: dict, shown: list) -> None:
     console = Console(highlight=False, force_jupyter=False)
     table = lambda title, rows: console.print(_table(title, list(rows[0]), [list(r.values()) for r in rows])) if rows else None
     table(f"{_count(counts['trees'], 'thought tree')} with {_count(counts['nodes'], 'node')}", counts["types"])
-    table("Size of a tree", counts["sizes"])
+    table("By domain: medians (quartiles), and shares of nodes", counts["domains"])
     if counts["issues"]: table(f"Issues, on {_count(counts['with_issues'], 'tree')}", counts["issues"])
     else: console.print("No tree has an issue.")
     for tree in shown: tree.show(console)
