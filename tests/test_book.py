@@ -368,7 +368,8 @@ def test_hostile_trees(tmp_path):
 def test_book_of_a_thousand_trees_is_bounded(tmp_path):
     "All trees are counted, thirty are to be read, and a long one is cut with a note."
     long = TREE_NODE.format(-1, 0, "p", "") + "".join(TREE_NODE.format(0, i, f"<expansion>{i}", "<positive_rating>") for i in range(1, 500))
-    rows = [dict(text=long, domain=f"d{i % 50}") for i in range(60)]
+    short = TREE_NODE.format(-1, 0, "p", "")
+    rows = [dict(text=short if i else long, domain=f"d{i % 50}") for i in range(60)]
     with within(60): book = make_book(None, tmp_path/"b.html", trees=rows)
     page = Page(book.path.read_text(encoding="utf-8"))
     shown = "".join(page.text)
@@ -378,8 +379,8 @@ def test_book_of_a_thousand_trees_is_bounded(tmp_path):
 
 def test_trees_of_every_kind(tmp_path):
     "Streams, trees, datasets and saved trees give the same chapter."
-    rows = sample_traces("thoughts")
+    rows = sample_traces("thoughts").select(range(3)).flatten_indices()
     kinds = [rows, rows.data.table, rows.to_iterable_dataset(), (dict(r) for r in rows), rows.rename_column("text", "response")]
     pages = [make_book(None, tmp_path/f"{i}.html", trees=k).path.read_bytes() for i, k in enumerate(kinds)]
     assert len(set(pages)) == 1
-    assert make_book(None, tmp_path/"x.html", trees=[parse_thoughts(t) for t in rows["text"]]).trees == 16
+    assert make_book(None, tmp_path/"x.html", trees=[parse_thoughts(t) for t in rows["text"]]).trees == 3
