@@ -377,7 +377,7 @@ def _live_tokens(live: LiveTrace) -> list[dict]:
     kinds = ["prompt"] * given + ["marker" if x >= len(out.text) else spans[i][1] for i, x in zip(at.tolist(), starts.tolist())]
     return [dict(text=visible(t), kind=k, leaves=l if l < len(out.ids) else None) for t, k, l in zip(live.texts, kinds, out.leaves.tolist())]
 
-# %% ../nbs/15_book.ipynb #d3dc7abe
+# %% ../nbs/15_book.ipynb #ab394890
 def _live_item(live: LiveTrace | None) -> dict | None:
     "Everything that the live chapter shows."
     if live is None: return None
@@ -385,7 +385,7 @@ def _live_item(live: LiveTrace | None) -> dict | None:
     saw = curve.sawtooth()
     full = n * (n + 1) / 2 - out.prompt_length * (out.prompt_length + 1) / 2
     return dict(model=visible(live.model), parameters=live.parameters, policy=out.policy.label, describe=out.policy.describe(), verdict=live.verdict, tokens=_live_tokens(live), n=n, given=out.prompt_length,
-        blocks=len(out.blocks), evictions=len(out.evictions), peak=curve.peak, mean=curve.mean or 0., area=100 * curve.auc / full if full else 100., final=int(curve.occupancy[-1]), sizes=curve.occupancy.tolist(), points=saw.points, bytes=live.bytes, reason=out.finish_reason)
+        blocks=len(out.blocks), evictions=len(out.evictions), peak=curve.peak, mean=curve.mean, area=100 * curve.auc / full if full else None, final=int(curve.occupancy[-1]), sizes=curve.occupancy.tolist(), points=saw.points, bytes=live.bytes, reason=out.finish_reason)
 
 # %% ../nbs/15_book.ipynb #f880c223
 def _node_item(node: ThoughtNode, depth: int, cut: list[int]) -> dict:
