@@ -617,21 +617,23 @@ from typing import Callable
 
 from fastcore.basics import patch
 
-# %% ../nbs/12a_search.ipynb #bf8a9b5c
+# %% ../nbs/12a_search.ipynb #66980d6c
 FAILED = math.log(1e-6) # the value of a leaf that was checked and is wrong; that of a right one is 0
-_LOWEST = math.log(np.finfo(float).tiny)
 
 def _probability(value: float | None, name: str = "a value") -> float: # in [0, 1]
     "The probability of a log-probability; ValueError for what is none."
     if value is None or math.isnan(value) or value > 0: raise ValueError(f"{name} is {value}; a value is a log-probability, at most 0")
     return math.exp(value)
 
+# %% ../nbs/12a_search.ipynb #7c0ae466
+_LOWEST = math.log(np.finfo(float).tiny)
+
 def _set_mean(node: ThoughtNode, mean: float) -> None:
     "Note what a node is worth; the root, which is a problem and not a claim, is not rated."
     node.info["mean"] = mean
     if node.parent is not None: node.value = max(math.log(mean), _LOWEST) if mean > 0 else _LOWEST
 
-# %% ../nbs/12a_search.ipynb #03724ff8
+# %% ../nbs/12a_search.ipynb #bbd94106
 _GRADES = {True: "successful", False: "failed", None: "", "successful": "successful", "failed": "failed", "": ""}
 
 def _grade(verifier: Callable | None, node: ThoughtNode) -> str: # "successful", "failed" or ""
@@ -642,21 +644,22 @@ def _grade(verifier: Callable | None, node: ThoughtNode) -> str: # "successful",
 
 def _graded(node: ThoughtNode) -> bool: return bool(node.info.get("leaf_type")) and not node.children
 
-# %% ../nbs/12a_search.ipynb #d054af4a
+# %% ../nbs/12a_search.ipynb #f4da22ab
 def _join(parent: ThoughtNode, candidate: Candidate) -> ThoughtNode:
     "A candidate as a node of the tree."
-    node = parent.tree.add(parent, candidate.text, type=candidate.type)
-    logprob = candidate.logprob
+    node, logprob = parent.tree.add(parent, candidate.text, type=candidate.type), candidate.logprob
     if logprob is None: logprob = math.log(candidate.probability) if candidate.probability > 0 else _LOWEST
-    node.info.update(visits=0, logprob=logprob, entropy=candidate.entropy, varentropy=candidate.varentropy, leaf_type="", complete=candidate.complete, dropped=candidate.dropped)
+    node.info.update(visits=0, logprob=logprob, entropy=candidate.entropy, varentropy=candidate.varentropy,
+        leaf_type="", complete=candidate.complete, dropped=candidate.dropped)
     return node
 
+# %% ../nbs/12a_search.ipynb #00583a20
 def _judge(node: ThoughtNode, value: float, grade: str) -> None:
     "Note the value and the grade of a new node."
     node.info.update(prior=value, leaf_type=grade)
     _set_mean(node, _probability({"successful": 0., "failed": FAILED}.get(grade, value), f"the value of node {node.local_id}"))
 
-# %% ../nbs/12a_search.ipynb #f34d372b
+# %% ../nbs/12a_search.ipynb #53921583
 _BOX = re.compile(r"\\box(?:ed)?\s*\{([^{}]*)\}")
 
 def box_verifier(
@@ -668,7 +671,7 @@ def box_verifier(
         return found[-1].strip() == answer.strip() if found else None
     return verify
 
-# %% ../nbs/12a_search.ipynb #22502068
+# %% ../nbs/12a_search.ipynb #49c41ed0
 def puct_scores(
     values: Sequence[float], # Q of each child
     probabilities: Sequence[float], # of each child, of any sum
@@ -682,7 +685,7 @@ def puct_scores(
     P = [p / total for p in probabilities] if total > 0 else [1 / len(values)] * len(values)
     return [q + exploration * p * root / (1 + n) + uncertainty * v for q, p, n, v in zip(values, P, visits, varentropies)]
 
-# %% ../nbs/12a_search.ipynb #03f96dda
+# %% ../nbs/12a_search.ipynb #c533adfb
 def transition_matrix(
     tree: ThoughtTree, # nodes without a value do not count
     entries: str = "sum", # over children, as published; or "mean"
@@ -699,7 +702,7 @@ def transition_matrix(
     e = np.exp(sums - sums.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
 
-# %% ../nbs/12a_search.ipynb #494db0a0
+# %% ../nbs/12a_search.ipynb #ece8ac08
 def sampling_meta_action(
     node: ThoughtNode, # that is to get children
     num: int = 2, # how many
@@ -715,7 +718,7 @@ def sampling_meta_action(
     drawn = np.searchsorted(weights, np.random.default_rng(generator).random(num) * weights[-1], "right")
     return [_tag(actions[min(i, len(actions) - 1)]) for i in drawn.tolist()]
 
-# %% ../nbs/12a_search.ipynb #a4d14a44
+# %% ../nbs/12a_search.ipynb #1a01dc6a
 class ModelHeads:
     "A language model as the policy and the value of a search."
     def __init__(self,
@@ -727,15 +730,31 @@ class ModelHeads:
         max_length: int = 1024, # tokens of a prompt
         batch_size: int = 16, # rows at a time
         **sampling: Any, # temperature, max_new_tokens, seed of `compute_policy_heads`
-    ): self.model, self.tokenizer, self.hints, self.answer, self.both, self.sampling = model, tokenizer, hints, answer, dict(max_length=max_length, batch_size=batch_size), sampling
+    ):
+        self.model, self.tokenizer, self.hints, self.answer = model, tokenizer, hints, answer
+        self.both, self.sampling = dict(max_length=max_length, batch_size=batch_size), sampling # both: for policy and value
 
-    def value(self, nodes: Sequence[ThoughtNode]) -> list[float]: return compute_value_heads(self.model, self.tokenizer, nodes, **self.both)
+# %% ../nbs/12a_search.ipynb #a3379e52
+@patch
+def value(self: ModelHeads,
+    nodes: Sequence[ThoughtNode], # to be judged
+) -> list[float]: # log-probabilities
+    "What the model thinks of nodes."
+    return compute_value_heads(self.model, self.tokenizer, nodes, **self.both)
 
-    def policy(self, nodes: Sequence[ThoughtNode], metas: Sequence[str], n: int) -> list[list[Candidate]]:
-        hints = [hint_for(m, self.answer) if self.hints else "" for m in metas]
-        return compute_policy_heads(self.model, self.tokenizer, nodes, n, ["" if m == "<expansion>" else m for m in metas], hints=hints, **self.both, **self.sampling)
+# %% ../nbs/12a_search.ipynb #4befa78d
+@patch
+def policy(self: ModelHeads,
+    nodes: Sequence[ThoughtNode], # to go on from
+    metas: Sequence[str], # kind of the new nodes, for each
+    n: int, # candidates for each
+) -> list[list[Candidate]]:
+    "What the model would write next."
+    hints = [hint_for(m, self.answer) if self.hints else "" for m in metas]
+    tags = ["" if m == "<expansion>" else m for m in metas]
+    return compute_policy_heads(self.model, self.tokenizer, nodes, n, tags, hints=hints, **self.both, **self.sampling)
 
-# %% ../nbs/12a_search.ipynb #55fb30c8
+# %% ../nbs/12a_search.ipynb #dc9ad9c6
 def meta_compute_policy_head(
     model: Any, # a transformers causal LM
     tokenizer: Any, # with the tags as single tokens
@@ -750,7 +769,7 @@ def meta_compute_policy_head(
     total = sum(math.exp(c.logprob) for c in found)
     return [c._replace(probability=math.exp(c.logprob) / total) for c in found]
 
-# %% ../nbs/12a_search.ipynb #eeae8ab0
+# %% ../nbs/12a_search.ipynb #b7e88b69
 class SearchSettings(NamedTuple):
     "The numbers of a search."
     seed: int = 0 # of the drawn kinds, and of the model's sampling
@@ -766,7 +785,7 @@ class SearchSettings(NamedTuple):
     value_scale: str = "probability" # of Q in a score; "log" as upstream
     noise: float = 0. # scores are moved by at most so much, at random
 
-# %% ../nbs/12a_search.ipynb #6e3df813
+# %% ../nbs/12a_search.ipynb #774ffad0
 def _settings(saved: Mapping | None, given: Mapping) -> SearchSettings:
     "The settings of a search that begins or goes on; ValueError for those that mean nothing."
     unknown = set(given) - set(SearchSettings._fields)
@@ -778,7 +797,7 @@ def _settings(saved: Mapping | None, given: Mapping) -> SearchSettings:
     if out.value_scale not in ("probability", "log"): raise ValueError(f"value_scale={out.value_scale!r} is unknown; choose probability or log")
     return out
 
-# %% ../nbs/12a_search.ipynb #db401f2f
+# %% ../nbs/12a_search.ipynb #ffb1938d
 @dataclass
 class _Search:
     "A search that is under way."
@@ -789,22 +808,30 @@ class _Search:
     settings: SearchSettings
     generator: np.random.Generator
 
-    def best(self, children: Sequence[ThoughtNode], losses: Mapping[int, int]) -> ThoughtNode:
-        s, infos, lost = self.settings, [c.info for c in children], [losses.get(c.index, 0) for c in children]
-        q = [i["mean"] * (1 + i["visits"]) / (1 + i["visits"] + l) for i, l in zip(infos, lost)]
-        if s.value_scale == "log": q = [math.log(x) if x > 0 else _LOWEST for x in q]
-        scores = puct_scores(q, [math.exp(i["logprob"]) for i in infos], [i["visits"] + l for i, l in zip(infos, lost)], [i["varentropy"] for i in infos], s.exploration, s.uncertainty)
-        if s.noise: scores = [x + s.noise * (2 * u - 1) for x, u in zip(scores, self.generator.random(len(scores)))]
-        return children[max(range(len(scores)), key=scores.__getitem__)]
+# %% ../nbs/12a_search.ipynb #d98f6855
+@patch
+def best(self: _Search, children: Sequence[ThoughtNode], losses: Mapping[int, int]) -> ThoughtNode: # losses: position -> how many
+    "The child that is visited next."
+    s, infos, lost = self.settings, [c.info for c in children], [losses.get(c.index, 0) for c in children]
+    q = [i["mean"] * (1 + i["visits"]) / (1 + i["visits"] + l) for i, l in zip(infos, lost)]
+    if s.value_scale == "log": q = [math.log(x) if x > 0 else _LOWEST for x in q]
+    p, visits = [math.exp(i["logprob"]) for i in infos], [i["visits"] + l for i, l in zip(infos, lost)]
+    scores = puct_scores(q, p, visits, [i["varentropy"] for i in infos], s.exploration, s.uncertainty)
+    if s.noise: scores = [x + s.noise * (2 * u - 1) for x, u in zip(scores, self.generator.random(len(scores)))]
+    return children[max(range(len(scores)), key=scores.__getitem__)]
 
-# %% ../nbs/12a_search.ipynb #0e5bfe9e
+# %% ../nbs/12a_search.ipynb #d6b99e7f
 @patch
 def descend(self: _Search, losses: Mapping[int, int]) -> list[ThoughtNode]:
     "The path to the node that is visited next."
     path = [self.tree.root]
-    while not path[-1].info["leaf_type"] and len(children := path[-1].children) >= self.settings.full_at: path.append(self.best(children, losses))
+    while not path[-1].info["leaf_type"]:
+        children = path[-1].children
+        if len(children) < self.settings.full_at: break
+        path.append(self.best(children, losses))
     return path
 
+# %% ../nbs/12a_search.ipynb #09f370cc
 @patch
 def paths(self: _Search) -> list[list[ThoughtNode]]:
     "The paths of a round; no two end at the same node."
@@ -816,7 +843,7 @@ def paths(self: _Search) -> list[list[ThoughtNode]]:
         losses.update(n.index for n in path)
     return out
 
-# %% ../nbs/12a_search.ipynb #fdd94878
+# %% ../nbs/12a_search.ipynb #745bfd0a
 @patch
 def expand(self: _Search, nodes: Sequence[ThoughtNode]) -> None:
     "Give new children to nodes."
@@ -829,16 +856,19 @@ def expand(self: _Search, nodes: Sequence[ThoughtNode]) -> None:
     if len(values) != len(new): raise ValueError(f"the value was asked about {len(new)} nodes and gave {len(values)} numbers")
     for node, value in zip(new, values): _judge(node, float(value), _grade(self.verifier, node))
 
-# %% ../nbs/12a_search.ipynb #a6a7f1df
+# %% ../nbs/12a_search.ipynb #327f3138
 @patch
 def back_up(self: _Search, path: Sequence[ThoughtNode]) -> None:
     "Tell all nodes of a path what came of it."
-    found = path[-1].info["mean"] if _graded(path[-1]) else self.settings.discount * self.best(path[-1].children, {}).info["mean"]
+    end = path[-1]
+    found = end.info["mean"] if _graded(end) else self.settings.discount * self.best(end.children, {}).info["mean"]
     for node in reversed(path):
         node.info["visits"] += 1
-        _set_mean(node, node.info["mean"] + (found - node.info["mean"]) / (node.info["visits"] + (node.parent is not None)))
+        weight = node.info["visits"] + (node.parent is not None) # of all visits, and of the prior
+        _set_mean(node, node.info["mean"] + (found - node.info["mean"]) / weight)
         found *= self.settings.discount
 
+# %% ../nbs/12a_search.ipynb #a1a4eaf1
 @patch
 def round(self: _Search) -> None:
     "Some simulations at once."
@@ -846,22 +876,27 @@ def round(self: _Search) -> None:
     if fresh := [p[-1] for p in paths if not p[-1].info["leaf_type"]]: self.expand(fresh)
     for path in paths: self.back_up(path)
 
-# %% ../nbs/12a_search.ipynb #5bcbfc12
+# %% ../nbs/12a_search.ipynb #46fb23df
+def _resumed(tree: ThoughtTree, given: Mapping) -> tuple[ThoughtTree, SearchSettings, np.random.Generator]:
+    "A search that goes on; ValueError for a tree that no search has made."
+    saved = tree.root.info.get("search") if tree.root is not None else None
+    if saved is None: raise ValueError("the tree holds no search to go on with; give its problem as a text")
+    strange = next((n for n in tree if "mean" not in n.info), None)
+    if strange: raise ValueError(f"node {strange.local_id} was not made by the search, so it has no visits; begin anew")
+    settings, generator = _settings(saved["settings"], given), np.random.default_rng(0)
+    generator.bit_generator.state = saved["generator"]
+    return tree, settings, generator
+
+# %% ../nbs/12a_search.ipynb #67f2996f
 def _begun(problem: str | ThoughtTree, given: Mapping) -> tuple[ThoughtTree, SearchSettings, np.random.Generator]:
     "The tree of a search, its settings and its generator; ValueError for an empty problem, or a tree that no search has made."
-    if isinstance(problem, ThoughtTree):
-        saved = problem.root.info.get("search") if problem.root is not None else None
-        if saved is None: raise ValueError("the tree holds no search to go on with; give its problem as a text")
-        if strange := next((n for n in problem if "mean" not in n.info), None): raise ValueError(f"node {strange.local_id} was not made by the search, so it has no visits; begin anew")
-        settings, generator = _settings(saved["settings"], given), np.random.default_rng(0)
-        generator.bit_generator.state = saved["generator"]
-        return problem, settings, generator
+    if isinstance(problem, ThoughtTree): return _resumed(problem, given)
     if not problem: raise ValueError("there is no problem to search; give its text")
     tree, settings = ThoughtTree.build(problem), _settings(None, given)
     tree.root.info.update(visits=0, mean=1., leaf_type="")
     return tree, settings, np.random.default_rng(settings.seed)
 
-# %% ../nbs/12a_search.ipynb #0d2112cd
+# %% ../nbs/12a_search.ipynb #7e5765e9
 def search(
     model: Any = None, # a transformers causal LM; None: `policy` and `value` answer
     tokenizer: Any = None, # its tokenizer, with the tags as single tokens
@@ -887,7 +922,7 @@ def search(
         tree.root.info["search"] = dict(settings={**s._asdict(), "actions": list(s.actions)}, generator=generator.bit_generator.state)
     return tree
 
-# %% ../nbs/12a_search.ipynb #aaf688a6
+# %% ../nbs/12a_search.ipynb #c127584a
 class SearchReport(NamedTuple):
     "What a search has made."
     simulations: int # visits of the root
@@ -898,14 +933,16 @@ class SearchReport(NamedTuple):
     broken_off: int # thoughts that did not end by themselves
     cut: int # nodes whose prompt was too long and lost its beginning
 
+# %% ../nbs/12a_search.ipynb #3372ba83
 def search_report(
     tree: ThoughtTree, # of `search`
 ) -> SearchReport:
     "Count what a search has made."
     infos, grades = [n.info for n in tree], Counter(n.info.get("leaf_type", "") for n in tree if not n.children)
-    return SearchReport(tree.root.info.get("visits", 0), len(tree), grades["successful"], grades["failed"], grades[""], sum(not i.get("complete", True) for i in infos), sum(i.get("dropped", 0) > 0 for i in infos))
+    broken, cut = sum(not i.get("complete", True) for i in infos), sum(i.get("dropped", 0) > 0 for i in infos)
+    return SearchReport(tree.root.info.get("visits", 0), len(tree), grades["successful"], grades["failed"], grades[""], broken, cut)
 
-# %% ../nbs/12a_search.ipynb #2309f423
+# %% ../nbs/12a_search.ipynb #8adfa78a
 def best_leaf(
     tree: ThoughtTree, # of `search`
 ) -> ThoughtNode: # the root, if there is nothing else
@@ -916,13 +953,14 @@ def best_leaf(
     while children := node.children: node = max(children, key=lambda n: (n.info.get("visits", 0), n.info.get("mean", 0)))
     return node
 
-# %% ../nbs/12a_search.ipynb #18f6ad05
+# %% ../nbs/12a_search.ipynb #fe367097
 class TrueValues(NamedTuple):
     "Values of nodes by the grades of their leaves."
     values: list[float | None] # log-probability, one a node; None: no graded leaf below
     graded: int # leaves
     ungraded: int # leaves that were left out
 
+# %% ../nbs/12a_search.ipynb #4da8c46d
 def rectify_values_from_leaf(
     tree: ThoughtTree, # of `search`
     discount: float = .9, # for each level, of the probability
@@ -933,12 +971,14 @@ def rectify_values_from_leaf(
         i, up = node.index, node.parent
         if not node.children: grades[bool(node.info.get("leaf_type"))] += 1
         if _graded(node): sums[i], counts[i] = 1. if node.info["leaf_type"] == "successful" else math.exp(FAILED), 1
-        if up is not None: sums[up.index], counts[up.index] = sums[up.index] + discount * sums[i], counts[up.index] + counts[i]
+        if up is None: continue
+        sums[up.index] += discount * sums[i]
+        counts[up.index] += counts[i]
     out = [math.log(s / n) if n else None for s, n in zip(sums, counts)]
     for node, v in zip(tree, out): node.info["true_value_from_tree"] = v
     return TrueValues(out, grades[True], grades[False])
 
-# %% ../nbs/12a_search.ipynb #935de8fa
+# %% ../nbs/12a_search.ipynb #5bb6b536
 def _worth(node: ThoughtNode) -> float: # probability
     "V of a node; ValueError if it has none."
     if "mean" in node.info: return node.info["mean"]
@@ -949,7 +989,7 @@ def _later(node: ThoughtNode, advantages: Mapping[int, float]) -> float:
     children = node.children
     return sum(advantages[c.index] for c in children) / len(children) if children else 0.
 
-# %% ../nbs/12a_search.ipynb #def74f0a
+# %% ../nbs/12a_search.ipynb #82e63fc9
 def _advantages(tree: ThoughtTree, gamma: float, lambda_: float, start: ThoughtNode | None = None) -> dict[int, float]: # by the position of the node
     "The advantages of all nodes that have a parent."
     out: dict[int, float] = {}
@@ -959,6 +999,7 @@ def _advantages(tree: ThoughtTree, gamma: float, lambda_: float, start: ThoughtN
         out[node.index] = reached - _worth(node.parent) + gamma * lambda_ * _later(node, out)
     return out
 
+# %% ../nbs/12a_search.ipynb #f5118bc6
 def compute_gae_from_node(
     node: ThoughtNode, # whose choice is judged; not the root
     gamma: float = .99, # discount of the future
@@ -968,13 +1009,19 @@ def compute_gae_from_node(
     if node.parent is None: raise ValueError("the root was not chosen, so it has no advantage")
     return _advantages(node.tree, gamma, lambda_, node)[node.index]
 
-# %% ../nbs/12a_search.ipynb #3213cc0d
+# %% ../nbs/12a_search.ipynb #45748e94
 class Experience(NamedTuple):
     "What a search has learnt about a node."
     node: ThoughtNode
     advantage: float # of having chosen it
     value_target: float # probability that its value should say
     priority: float # absolute advantage
+
+# %% ../nbs/12a_search.ipynb #ac7d8a0b
+def _target(node: ThoughtNode, advantages: Mapping[int, float]) -> float: # probability
+    "What the value of a node should have said."
+    if _graded(node): return float(node.info["leaf_type"] == "successful")
+    return _worth(node) + _later(node, advantages)
 
 def collect_experience(
     tree: ThoughtTree, # of `search`
@@ -983,10 +1030,16 @@ def collect_experience(
 ) -> list[Experience]: # one for each node but the root, in the order of the tree
     "Advantages and targets for all nodes of a searched tree."
     found = _advantages(tree, gamma, lambda_)
-    target = lambda n: float(n.info["leaf_type"] == "successful") if _graded(n) else _worth(n) + _later(n, found)
-    return [Experience(n, found[n.index], target(n), abs(found[n.index])) for n in tree if n.index in found]
+    return [Experience(n, found[n.index], _target(n, found), abs(found[n.index])) for n in tree if n.index in found]
 
-# %% ../nbs/12a_search.ipynb #f2b267aa
+# %% ../nbs/12a_search.ipynb #f70c4f7e
+def _experience_row(x: Experience, policy: HeadText, value: HeadText) -> dict[str, Any]:
+    "The lists and numbers of one experience."
+    lists = dict(input_ids=policy.ids, target=[policy.ids[k] for k in policy.trained], value_input_ids=value.ids)
+    masks = dict(zip(("attention_mask", "target_attention_mask", "value_attention_mask"), ([1] * len(ids) for ids in lists.values())))
+    return dict(lists, **masks, advantage=x.advantage, value_target=x.value_target, priority=x.priority)
+
+# %% ../nbs/12a_search.ipynb #23dba301
 def experience_to_dataset(
     experience: Iterable[Experience], # of `collect_experience`, of one tree or many
     tokenizer: Any, # with the tags as single tokens
@@ -996,15 +1049,10 @@ def experience_to_dataset(
 ) -> Dataset: # lists of `tokenize_policy_predict` and `tokenize_value_predict`; advantage, value_target, priority; what does not fit is counted in its `left_out`
     "Experience as rows."
     thought_token_ids(tokenizer)
-    given, out = list(experience), Dataset.from_dict({})
+    given = list(experience)
     policy = _fit(tokenizer, [_policy_text(x.node, max_length, end) for x in given], max_length, 1)
     value = _fit(tokenizer, [_value_text(x.node, max_length) for x in given], max_length, 1)
-    ones, rows = (lambda ids: [1] * len(ids)), []
-    for x, p, v in zip(given, policy, value):
-        if p is None or v is None: continue
-        lists = dict(input_ids=p.ids, target=[p.ids[k] for k in p.trained], value_input_ids=v.ids)
-        masks = dict(attention_mask=ones(p.ids), target_attention_mask=ones(p.trained), value_attention_mask=ones(v.ids))
-        rows.append(dict(lists, **masks, advantage=x.advantage, value_target=x.value_target, priority=x.priority))
-    if rows: out = Dataset.from_list(rows)
+    rows = [_experience_row(x, p, v) for x, p, v in zip(given, policy, value) if p is not None and v is not None]
+    out = Dataset.from_list(rows) if rows else Dataset.from_dict({})
     out.left_out = Counter({f"does not fit into {max_length:,} tokens": len(given) - len(rows)} if len(rows) < len(given) else {})
     return out
