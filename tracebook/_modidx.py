@@ -955,6 +955,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tracebook.stats._group_batches': ('stats.html#_group_batches', 'tracebook/stats.py'),
                                  'tracebook.stats._groups': ('stats.html#_groups', 'tracebook/stats.py'),
                                  'tracebook.stats._in_words': ('trees.html#_in_words', 'tracebook/stats.py'),
+                                 'tracebook.stats._issue_rows': ('trees.html#_issue_rows', 'tracebook/stats.py'),
                                  'tracebook.stats._issues_of': ('stats.html#_issues_of', 'tracebook/stats.py'),
                                  'tracebook.stats._label': ('stats.html#_label', 'tracebook/stats.py'),
                                  'tracebook.stats._links': ('trees.html#_links', 'tracebook/stats.py'),

@@ -805,7 +805,7 @@ def plot_all(
     if not any(len(line.get_xdata()) for line in fig.axes[0].lines): return plt.close(fig) # too few blocks for this one
     yield "position", "Along the trace", "The ratio from the beginning of a trace (left) to its end (right): median, and quartiles where there are ten blocks or more.", fig
 
-# %% ../nbs/07a_trees.ipynb #6e5ac755
+# %% ../nbs/07a_trees.ipynb #212c1032
 import json
 from html import escape
 from typing import Iterable, Mapping
@@ -822,7 +822,7 @@ TREE_COLUMNS = pa.schema([("row", pa.int64()), ("domain", pa.string()), ("source
     ("type_ratings", _grid(_RATINGS)), ("transitions", _grid(THOUGHT_TYPES)), ("duplicate_ids", pa.int64()), ("orphans", pa.int64()), ("missing_ratings", pa.int64()),
     ("duplicate_rate", pa.float64()), ("orphan_rate", pa.float64()), ("missing_rate", pa.float64()), ("issues", pa.list_(pa.string()))]) # columns of `tree_table`
 
-# %% ../nbs/07a_trees.ipynb #9e89aeed
+# %% ../nbs/07a_trees.ipynb #50ab25df
 TREE_MEANINGS = dict( # name -> meaning, of the columns of `tree_table`
     row="number of the row in what was given, from 0; a row that could not be read is left out", domain="of the row, null if it has none", source="of the row",
     nodes="nodes", roots="nodes with the father -1", depth="steps from a top to the deepest node, null without a node", leaves="nodes without children",
@@ -832,7 +832,7 @@ TREE_MEANINGS = dict( # name -> meaning, of the columns of `tree_table`
     orphans="nodes without a parent whose father is not -1", missing_ratings="nodes other than roots without a rating", duplicate_rate="duplicate_ids / nodes", orphan_rate="orphans / nodes",
     missing_rate="missing_ratings / nodes other than roots", issues="codes of all issues, in the order of the text")
 
-# %% ../nbs/07a_trees.ipynb #e9277beb
+# %% ../nbs/07a_trees.ipynb #a78357d7
 class _Forest(NamedTuple):
     "Trees of a batch, their nodes end to end."
     rows: np.ndarray # number of each tree in the batch
@@ -845,20 +845,21 @@ class _Forest(NamedTuple):
     said: np.ndarray # [node]: characters of the thought
     issues: list[list[str]] # codes of each tree
 
-# %% ../nbs/07a_trees.ipynb #33ac379a
+# %% ../nbs/07a_trees.ipynb #7f9f31be
 def _depths_of(up: np.ndarray) -> np.ndarray:
     "Steps from each node to its top."
     at, depth = up, (up != np.arange(len(up))).astype(np.int64)
     while (more := depth[at]).any(): depth, at = depth + more, at[at]
     return depth
 
+# %% ../nbs/07a_trees.ipynb #2274c189
 def _tops(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray: # -1 where there is none
     "The largest value of each stretch."
     out, some = np.full(len(sizes), -1), sizes > 0
     if some.any(): out[some] = np.maximum.reduceat(values, starts[some])
     return out
 
-# %% ../nbs/07a_trees.ipynb #57491cbc
+# %% ../nbs/07a_trees.ipynb #81dfda82
 class _Shape(NamedTuple):
     "What the links of each tree say; -1 stands for undefined."
     depth: np.ndarray
@@ -870,12 +871,12 @@ def _shape(f: _Forest, tree: np.ndarray, below: np.ndarray) -> _Shape:
     "`tree`: of each node; `below`: whether it has a parent."
     depth, total = _depths_of(f.up), lambda which: np.bincount(tree[which], minlength=len(f.sizes))
     deepest = _tops(depth, np.cumsum(f.sizes) - f.sizes, f.sizes)
-    first = np.cumsum(deepest + 1) - deepest - 1
+    first = np.cumsum(deepest + 1) - deepest - 1 # place of depth 0 of each tree in the column of widths
     widths = np.bincount(first[tree] + depth, minlength=0)
     children = np.bincount(f.up[below], minlength=len(f.up))
     return _Shape(deepest, total(children == 0), total(below), _tops(widths, first, deepest + 1))
 
-# %% ../nbs/07a_trees.ipynb #9fab9182
+# %% ../nbs/07a_trees.ipynb #e84c97bb
 def _nested_counts(tree: np.ndarray, outer: np.ndarray, inner: np.ndarray, n: int, names: tuple[str, ...]) -> pa.StructArray:
     "Counts by tree, type and a second property as a nested column."
     size = len(THOUGHT_TYPES) * len(names)
@@ -885,21 +886,23 @@ def _nested_counts(tree: np.ndarray, outer: np.ndarray, inner: np.ndarray, n: in
 
 def _share(a: np.ndarray, b: np.ndarray) -> pa.Array: return _ratio(np.asarray(a), np.asarray(b))
 
-# %% ../nbs/07a_trees.ipynb #9c3384bd
+# %% ../nbs/07a_trees.ipynb #39d5c747
 def _tree_columns(f: _Forest) -> dict[str, pa.Array]:
     "The columns of the table but `row`, `domain` and `source`."
     n, tree = len(f.sizes), np.repeat(np.arange(len(f.sizes)), f.sizes)
     below = f.up != np.arange(len(f.up))
     shape = _shape(f, tree, below)
     duplicate, missing = (np.array([codes.count(code) for codes in f.issues], np.int64) for code in ("duplicate_id", "missing_rating"))
-    orphans = f.sizes - shape.edges - f.roots
-    return dict(nodes=pa.array(f.sizes), roots=pa.array(f.roots), depth=_optional(shape.depth), leaves=pa.array(shape.leaves), branching=_share(shape.edges, f.sizes - shape.leaves),
-        max_width=_optional(shape.width), chars=_optional(f.chars), thought_chars=pa.array(np.bincount(tree, f.said, n).astype(np.int64)),
-        type_ratings=_nested_counts(tree, f.kind, f.rating, n, _RATINGS), transitions=_nested_counts(tree[below], f.kind[f.up[below]], f.kind[below], n, THOUGHT_TYPES),
-        duplicate_ids=pa.array(duplicate), orphans=pa.array(orphans), missing_ratings=pa.array(missing), duplicate_rate=_share(duplicate, f.sizes),
-        orphan_rate=_share(orphans, f.sizes), missing_rate=_share(missing, f.sizes - f.roots), issues=pa.array(f.issues, pa.list_(pa.string())))
+    orphans, said = f.sizes - shape.edges - f.roots, np.bincount(tree, f.said, n).astype(np.int64)
+    return dict(nodes=pa.array(f.sizes), roots=pa.array(f.roots), depth=_optional(shape.depth), leaves=pa.array(shape.leaves),
+        branching=_share(shape.edges, f.sizes - shape.leaves), max_width=_optional(shape.width), chars=_optional(f.chars), thought_chars=pa.array(said),
+        type_ratings=_nested_counts(tree, f.kind, f.rating, n, _RATINGS),
+        transitions=_nested_counts(tree[below], f.kind[f.up[below]], f.kind[below], n, THOUGHT_TYPES),
+        duplicate_ids=pa.array(duplicate), orphans=pa.array(orphans), missing_ratings=pa.array(missing),
+        duplicate_rate=_share(duplicate, f.sizes), orphan_rate=_share(orphans, f.sizes), missing_rate=_share(missing, f.sizes - f.roots),
+        issues=pa.array(f.issues, pa.list_(pa.string())))
 
-# %% ../nbs/07a_trees.ipynb #487a5a4a
+# %% ../nbs/07a_trees.ipynb #14b76f5a
 _KIND_AT = {"": 1} | {f"<{t}>": i for i, t in enumerate(THOUGHT_TYPES)} # tag -> index of the type; without a tag, an expansion
 _RATING_AT = {None: 3} | {n: i for i, n in enumerate(RATING_TOKENS)} | {n[0]: i for i, n in enumerate(RATING_TOKENS)} # rating, or its letter -> index
 
@@ -910,7 +913,7 @@ def _node_columns(tree: ThoughtTree) -> tuple[list[int], list[int], list[int]]: 
     else: tags, said, ratings = [n.tag for n in tree], [len(n.text) for n in tree], [n.rating for n in tree]
     return [_KIND_AT[t] for t in tags], [_RATING_AT[r] for r in ratings], said
 
-# %% ../nbs/07a_trees.ipynb #0b0a42af
+# %% ../nbs/07a_trees.ipynb #925d8d7a
 def _forest_of(trees: Mapping[int, ThoughtTree]) -> _Forest:
     "Trees that are there, by their number in the batch."
     ints, sizes = lambda x: np.fromiter(x, np.int64), np.fromiter(map(len, trees.values()), np.int64)
@@ -921,7 +924,7 @@ def _forest_of(trees: Mapping[int, ThoughtTree]) -> _Forest:
     chars = ints(-1 if t.text is None else len(t.text) for t in trees.values())
     return _Forest(ints(trees), sizes, roots, chars, up, kind, rating, said, [[i.code for i in t.issues] for t in trees.values()])
 
-# %% ../nbs/07a_trees.ipynb #0629c0dc
+# %% ../nbs/07a_trees.ipynb #90b9aaa4
 _NUMBERS, _OPENING = (_f + _L).encode(), (_l + _T).encode() # between the two numbers, and after them
 _RATED_ENDS = [(_E + _R + token + _r).encode() for token in RATING_TOKENS.values()] # what ends a node, by rating
 _PADDING = 80 # zeros after the text, longer than any of these
@@ -930,12 +933,13 @@ def _eights(data: np.ndarray) -> np.ndarray:
     "The eight bytes from each place on as a little-endian integer."
     return np.ndarray((len(data) + _PADDING - 7,), "<u8", np.concatenate([data, np.zeros(_PADDING, np.uint8)]), strides=(1,))
 
+# %% ../nbs/07a_trees.ipynb #392c5695
 def _stands(eights: np.ndarray, at: np.ndarray, spelled: bytes) -> np.ndarray:
     "Whether bytes (at least eight) stand at each of some places."
     steps = (*range(0, len(spelled) - 8, 8), len(spelled) - 8)
     return np.logical_and.reduce([eights[at + s] == np.frombuffer(spelled, "<u8", 1, s)[0] for s in steps])
 
-# %% ../nbs/07a_trees.ipynb #cb10a7e3
+# %% ../nbs/07a_trees.ipynb #9f51d433
 class _Headers(NamedTuple):
     "Where the nodes of a batch begin and end; places of `<` are named by their index in `angles`."
     eights: np.ndarray # of the bytes of all texts
@@ -947,7 +951,7 @@ class _Headers(NamedTuple):
 
     def place(self, i: np.ndarray) -> np.ndarray: return self.angles[np.clip(i, 0, len(self.angles) - 1)]
 
-# %% ../nbs/07a_trees.ipynb #4cfb884e
+# %% ../nbs/07a_trees.ipynb #027a9593
 def _find_headers(data: np.ndarray, rows: np.ndarray) -> _Headers:
     "All headers in a batch of bytes; `rows`: offsets (n + 1)."
     angles = np.concatenate([np.zeros(0, np.int64), *((x == ord("<")).nonzero()[0] + a for a, x in _pieces(data))])
@@ -962,7 +966,7 @@ def _find_headers(data: np.ndarray, rows: np.ndarray) -> _Headers:
     stop[last] = np.searchsorted(angles, end[last])
     return _Headers(eights, angles, at, row, stop, end)
 
-# %% ../nbs/07a_trees.ipynb #56ceefc9
+# %% ../nbs/07a_trees.ipynb #818ce2bb
 def _read_numbers(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray: # -1: out of the ordinary
     "The decimal numbers in stretches of bytes."
     width, value = end - start, np.zeros(len(start), np.int64)
@@ -974,7 +978,7 @@ def _read_numbers(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.nd
         value = np.where(inside, 10 * value + digit, value)
     return np.where(good, value, -1)
 
-# %% ../nbs/07a_trees.ipynb #4798b65d
+# %% ../nbs/07a_trees.ipynb #b0da3363
 class _Parts(NamedTuple):
     "What the bytes say of each node."
     good: np.ndarray # whether it is in the ordinary layout
@@ -987,7 +991,7 @@ class _Parts(NamedTuple):
 
 _INITIALS = np.isin(np.arange(256), [*b"/senpucrh"]) # what may follow "<" in a marker
 
-# %% ../nbs/07a_trees.ipynb #08431ada
+# %% ../nbs/07a_trees.ipynb #d7c3a35f
 def _read_tags(h: _Headers, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Type of each thought, and size of its tag in bytes; `start`: where the thought begins, tag included."
     kind, size = np.ones(len(start), np.int64), np.zeros(len(start), np.int64)
@@ -998,7 +1002,7 @@ def _read_tags(h: _Headers, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         left = left[~hit]
     return kind, size
 
-# %% ../nbs/07a_trees.ipynb #f99a19e4
+# %% ../nbs/07a_trees.ipynb #aa5d1465
 def _read_ends(h: _Headers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "(rating, places of `<` at the end, bytes of the end); no bytes: the end is none."
     n = len(h.at)
@@ -1012,7 +1016,7 @@ def _read_ends(h: _Headers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     places[bare], size[bare] = 1, len(_E) * _stands(h.eights, h.place(h.stop[bare] - 1), _E.encode())
     return rating, places, size
 
-# %% ../nbs/07a_trees.ipynb #ee423597
+# %% ../nbs/07a_trees.ipynb #7c83aa7e
 def _only_gaps(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     "Whether stretches hold nothing but up to eight spaces and newlines."
     size = end - start
@@ -1023,14 +1027,16 @@ def _only_gaps(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarr
         good[inside] = (byte == 32) | (byte == 10)
     return good
 
+# %% ../nbs/07a_trees.ipynb #b4bfab13
 def _plain_thoughts(h: _Headers, data: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
     "Whether no marker may begin at the `count` places from index `start` on."
-    of = np.repeat(np.arange(len(start)), np.maximum(count, 0))
-    begin = np.cumsum(np.maximum(count, 0)) - np.maximum(count, 0)
+    count = np.maximum(count, 0)
+    of, begin = np.repeat(np.arange(len(start)), count), np.cumsum(count) - count # the node of each place, and the first place of each node
     place = h.place(start[of] + np.arange(len(of)) - begin[of])
-    return np.bincount(of[_INITIALS[data[np.minimum(place + 1, len(data) - 1)]]], minlength=len(start)) == 0
+    after = data[np.minimum(place + 1, len(data) - 1)]
+    return np.bincount(of[_INITIALS[after]], minlength=len(start)) == 0
 
-# %% ../nbs/07a_trees.ipynb #5836ab6b
+# %% ../nbs/07a_trees.ipynb #718d44b0
 def _read_parts(h: _Headers, data: np.ndarray, rows: np.ndarray) -> _Parts:
     "All nodes of a batch; nothing of one that is not good may be used."
     start, middle, last = h.place(h.at), h.place(h.at + 1), h.place(h.at + 3)
@@ -1046,7 +1052,7 @@ def _read_parts(h: _Headers, data: np.ndarray, rows: np.ndarray) -> _Parts:
     good &= _only_gaps(data, end + size, h.end) & _plain_thoughts(h, data, inner, h.stop - places - inner)
     return _Parts(good, father, local, kind, rating, begin + tag, end)
 
-# %% ../nbs/07a_trees.ipynb #9719bae6
+# %% ../nbs/07a_trees.ipynb #e01dc0dd
 class _Links(NamedTuple):
     "Who is below whom."
     up: np.ndarray # [node]: index of the parent, the node's own if it has none; -1: left to the reader
@@ -1064,7 +1070,7 @@ def _look_up(tree: np.ndarray, local: np.ndarray, father: np.ndarray, first: np.
     known, earlier = keys[np.minimum(np.searchsorted(keys, above), n - 1)] == above, (before >= 0) & (keys[before] == above)
     return _Links(np.where(first | ~known, index, np.where(earlier, order[before], -1)), ~first & ~known, double)
 
-# %% ../nbs/07a_trees.ipynb #f258dc61
+# %% ../nbs/07a_trees.ipynb #c93525ec
 def _links(h: _Headers, p: _Parts, index: np.ndarray, first: np.ndarray, ok: np.ndarray) -> _Links:
     "`first`: index of the first node of each node's row; `ok`: rows whose nodes are good."
     place, none = index - first, np.zeros(len(index), bool)
@@ -1076,7 +1082,7 @@ def _links(h: _Headers, p: _Parts, index: np.ndarray, first: np.ndarray, ok: np.
         for to, new in zip(links, (np.where(found.up < 0, -1, others[found.up]), *found[1:])): to[others] = new
     return links
 
-# %% ../nbs/07a_trees.ipynb #f31b56f1
+# %% ../nbs/07a_trees.ipynb #0b308563
 def _codes_of(links: _Links, p: _Parts, first: np.ndarray, keep: np.ndarray, tree: np.ndarray, n: int) -> list[list[str]]:
     "Issue codes of `n` trees; `tree`: of each node that is kept."
     rated = p.rating < 3
@@ -1085,7 +1091,7 @@ def _codes_of(links: _Links, p: _Parts, first: np.ndarray, keep: np.ndarray, tre
     for i, code in sorted(found, key=lambda f: f[0]): out[tree[i]].append(code)
     return out
 
-# %% ../nbs/07a_trees.ipynb #0482deb0
+# %% ../nbs/07a_trees.ipynb #5cd69b6f
 def _regular_forest(texts: pa.Array) -> _Forest:
     "The trees of a batch that are in the ordinary layout."
     data, rows = _bytes_of(texts)
@@ -1100,7 +1106,7 @@ def _regular_forest(texts: pa.Array) -> _Forest:
     return _Forest(ok.nonzero()[0], sizes, np.ones(n, np.int64), size(rows[:-1][ok], rows[1:][ok]), moved[links.up[keep]], p.kind[keep], p.rating[keep],
         size(p.start[keep], p.end[keep]), _codes_of(links, p, index == first, keep, np.repeat(np.arange(n), sizes), n))
 
-# %% ../nbs/07a_trees.ipynb #de26955c
+# %% ../nbs/07a_trees.ipynb #9647e4d0
 class _Rows(NamedTuple):
     "A batch of rows."
     numbers: np.ndarray # in what was given
@@ -1108,7 +1114,7 @@ class _Rows(NamedTuple):
     trees: dict[int, ThoughtTree] # number in the batch -> tree, where there is no text, or one that UTF-8 cannot carry
     names: dict[str, pa.Array] # domain and source
 
-# %% ../nbs/07a_trees.ipynb #dd5a8135
+# %% ../nbs/07a_trees.ipynb #76acc148
 def _pick_column(column: str | None, there: Iterable[str]) -> str:
     "The column that has the texts; ValueError if there is none."
     there = list(there)
@@ -1116,6 +1122,7 @@ def _pick_column(column: str | None, there: Iterable[str]) -> str:
         if name in there: return name
     raise ValueError(f"the rows have no column {column or 'text'!r}; they have: {', '.join(there) or 'none'}. Name the right one with column=…")
 
+# %% ../nbs/07a_trees.ipynb #b5bcdc55
 def _arrow_rows(rows: Dataset | pa.Table, column: str | None) -> Iterator[pa.RecordBatch]:
     "The columns that are read, about four megabytes at a time, as `text`, `domain`, `source`."
     names = rows.column_names
@@ -1127,7 +1134,7 @@ def _arrow_rows(rows: Dataset | pa.Table, column: str | None) -> Iterator[pa.Rec
         if not _is_text(parts["text"].type): raise ValueError(f"the column {found!r} is {parts['text'].type}, not text")
         yield pa.RecordBatch.from_pydict(parts | dict(text=parts["text"].cast(pa.large_string())))
 
-# %% ../nbs/07a_trees.ipynb #4a187711
+# %% ../nbs/07a_trees.ipynb #2ad66c0e
 def _rows_of_arrow(rows: Dataset | pa.Table, column: str | None, report: LoadReport) -> Iterator[_Rows]:
     "Batches of a table; rows without a text go to the report."
     first = 0
@@ -1139,7 +1146,7 @@ def _rows_of_arrow(rows: Dataset | pa.Table, column: str | None, report: LoadRep
         yield _Rows(first + there, batch.column("text"), {}, names)
         first += size
 
-# %% ../nbs/07a_trees.ipynb #a3179406
+# %% ../nbs/07a_trees.ipynb #09637cd3
 def _one_row(row: Any, column: str | None) -> str | ThoughtTree:
     "What a row holds; BadRow if it is nothing that can be read."
     if isinstance(row, (str, ThoughtTree)): return row
@@ -1151,7 +1158,7 @@ def _one_row(row: Any, column: str | None) -> str | ThoughtTree:
 
 def _utf8(value: Any) -> str | None: return None if value is None else str(value).encode("utf-8", "replace").decode()
 
-# %% ../nbs/07a_trees.ipynb #2b2127b5
+# %% ../nbs/07a_trees.ipynb #553fc63c
 def _rows_of_list(rows: Iterable, column: str | None, report: LoadReport) -> Iterator[_Rows]:
     "Batches of a list or stream; rows that cannot be read go to the report."
     found, names, size = {}, [], 0
@@ -1166,7 +1173,7 @@ def _rows_of_list(rows: Iterable, column: str | None, report: LoadReport) -> Ite
         found, names, size = {}, [], 0
     if found: yield _a_batch(found, names)
 
-# %% ../nbs/07a_trees.ipynb #04f8f6b4
+# %% ../nbs/07a_trees.ipynb #a87d9bff
 def _a_batch(found: dict[int, str | ThoughtTree], names: list[list]) -> _Rows:
     "Texts and trees by row number as a batch."
     values, trees = list(found.values()), {i: t for i, t in enumerate(found.values()) if isinstance(t, ThoughtTree)}
@@ -1176,7 +1183,7 @@ def _a_batch(found: dict[int, str | ThoughtTree], names: list[list]) -> _Rows:
         texts = pa.array(["" if i in trees else t for i, t in enumerate(values)], pa.large_string())
     return _Rows(np.array(list(found), np.int64), texts, trees, {k: pa.array([n[j] for n in names], pa.string()) for j, k in enumerate(("domain", "source"))})
 
-# %% ../nbs/07a_trees.ipynb #505fcefa
+# %% ../nbs/07a_trees.ipynb #8f4ae894
 def _tree_batch(batch: _Rows) -> pa.Table:
     "One row a tree."
     fast = _regular_forest(batch.texts)
@@ -1188,7 +1195,7 @@ def _tree_batch(batch: _Rows) -> pa.Table:
     if len(tables) < 2: return tables[0] if tables else TREE_COLUMNS.empty_table()
     return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate([f.rows for f in forests]))))
 
-# %% ../nbs/07a_trees.ipynb #6cba9752
+# %% ../nbs/07a_trees.ipynb #6c7a9a13
 def tree_table(
     rows: Any, # `Dataset`, Arrow table, stream, or a list: of texts, of rows with a column, of trees
     column: str | None = None, # where a row has its text; None: `text`, or else `response`
@@ -1207,13 +1214,13 @@ def tree_table(
     if report.unreadable: warnings.warn(str(report), UnreadableRows, stacklevel=2)
     return pa.concat_tables([TREE_COLUMNS.empty_table(), *tables]).replace_schema_metadata({"unreadable": json.dumps(report.unreadable)} if report.unreadable else None)
 
-# %% ../nbs/07a_trees.ipynb #1e72e0b4
+# %% ../nbs/07a_trees.ipynb #eafa602d
 _TREE_METRICS = ("nodes", "depth", "leaves", "branching", "max_width", "chars", "thought_chars", "duplicate_rate", "orphan_rate", "missing_rate")
 _CORPUS_METRICS |= dict(corpus_duplicate_rate=("duplicate_ids", "nodes"), corpus_orphan_rate=("orphans", "nodes"), corpus_missing_rate=("missing_ratings", "others"))
 _COUNT_COLUMNS = {name: pa.schema([("group", pa.string()), *((k, pa.string()) for k in keys), ("n", pa.int64()), ("share", pa.float64())])
     for name, keys in (("ratings", ("type", "rating")), ("transitions", ("parent", "child")))}
 
-# %% ../nbs/07a_trees.ipynb #5873c2be
+# %% ../nbs/07a_trees.ipynb #b6906d6b
 class TreeSummary(NamedTuple):
     "Statistics of a corpus of trees by group."
     metrics: pa.Table # group, level ("tree", "corpus"), metric, n, median, q25, q75, p95, ci_low, ci_high; on level "corpus", `median` is the rate itself
@@ -1229,7 +1236,7 @@ class TreeSummary(NamedTuple):
             if (r["group"], r["metric"], r["level"]) == (group, metric, level): return r
         raise KeyError(f"no {metric!r} of level {level!r} for group {group!r}")
 
-# %% ../nbs/07a_trees.ipynb #de2fb674
+# %% ../nbs/07a_trees.ipynb #c1d736a7
 def _grid_sums(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray: # [type, name]
     "Sums over all trees of a column of nested counts."
     return np.array([[pc.sum(pc.struct_field(column, [t, n])).as_py() or 0 for n in names] for t in THOUGHT_TYPES], np.int64)
@@ -1238,12 +1245,20 @@ def _shares(counts: np.ndarray) -> list[list[float | None]]:
     "Shares of each line; None in one without counts."
     return [[int(v) / int(line.sum()) if line.sum() else None for v in line] for line in counts]
 
+# %% ../nbs/07a_trees.ipynb #cafc282f
 def _count_rows(group: str, counts: np.ndarray, names: tuple[str, ...], kind: str) -> list[dict]:
     "Rows of a table of `_COUNT_COLUMNS`."
-    keys = _COUNT_COLUMNS[kind].names[1:3]
-    return [dict(zip(keys, (t, name)), group=group, n=int(n), share=s) for t, line, shares in zip(THOUGHT_TYPES, counts, _shares(counts)) for name, n, s in zip(names, line, shares)]
+    (first, second), out = _COUNT_COLUMNS[kind].names[1:3], []
+    for t, line, shares in zip(THOUGHT_TYPES, counts, _shares(counts)):
+        out += [{"group": group, first: t, second: name, "n": int(n), "share": share} for name, n, share in zip(names, line, shares)]
+    return out
 
-# %% ../nbs/07a_trees.ipynb #ec828ae6
+def _issue_rows(group: str, part: pa.Table) -> list[dict]:
+    "How many trees of a group carry each code, the commonest first."
+    counts = Counter(c for codes in part["issues"].to_pylist() for c in set(codes))
+    return [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in sorted(counts.items(), key=lambda x: (-x[1], x[0]))]
+
+# %% ../nbs/07a_trees.ipynb #438757d8
 def summarize_trees(
     table: pa.Table, # of `tree_table`
     by: str = "domain", # column that makes the groups
@@ -1255,25 +1270,26 @@ def summarize_trees(
         metrics += [dict(group=group, level="tree", metric=m, **_describe(part[m], seed)) for m in _TREE_METRICS]
         whole = part.append_column("others", pc.subtract(part["nodes"], part["roots"]))
         metrics += [_corpus_row(group, whole, m, seed) for m, (above, _) in _CORPUS_METRICS.items() if len(part) and above in part.column_names]
-        counts = Counter(c for codes in part["issues"].to_pylist() for c in set(codes))
-        issues += [dict(group=group, code=c, severity=CODES[c].severity, rows=k, n=len(part)) for c, k in sorted(counts.items(), key=lambda x: (-x[1], x[0]))]
+        issues += _issue_rows(group, part)
         ratings += _count_rows(group, _grid_sums(part["type_ratings"], _RATINGS), _RATINGS, "ratings")
         transitions += _count_rows(group, _grid_sums(part["transitions"], THOUGHT_TYPES), THOUGHT_TYPES, "transitions")
     made = zip((metrics, issues, ratings, transitions), (_METRIC_COLUMNS, _ISSUE_COLUMNS, *_COUNT_COLUMNS.values()))
     bad = json.loads((table.schema.metadata or {}).get(b"unreadable", b"[]"))
     return TreeSummary(*(pa.Table.from_pylist(rows, schema=schema) for rows, schema in made), by, [Unreadable(*u) for u in bad])
 
-# %% ../nbs/07a_trees.ipynb #f0a674ce
+# %% ../nbs/07a_trees.ipynb #eba66790
 @patch
 def overview(self: TreeSummary) -> pa.Table: # group, trees, nodes, depth, leaves, branching (medians with quartiles), duplicate_rate, orphan_rate, missing_rate
     "One row a group: medians over trees, rates over all nodes of the group."
     index, rows = {(r["group"], r["metric"]): r for r in self.metrics.to_pylist()}, []
     def median(r): return None if r["median"] is None else f"{r['median']:.3g} ({r['q25']:.3g} to {r['q75']:.3g})"
     for group in dict.fromkeys(g for g, _ in index):
+        medians = {k: median(index[group, k]) for k in ("nodes", "depth", "leaves", "branching")}
         rates = {k: index.get((group, f"corpus_{k}"), {}).get("median") for k in ("duplicate_rate", "orphan_rate", "missing_rate")}
-        rows.append(dict(group=group, trees=index[group, "nodes"]["n"], **{k: median(index[group, k]) for k in ("nodes", "depth", "leaves", "branching")}, **{k: None if v is None else round(v, 4) for k, v in rates.items()}))
+        rows.append(dict(group=group, trees=index[group, "nodes"]["n"], **medians, **{k: None if v is None else round(v, 4) for k, v in rates.items()}))
     return pa.Table.from_pylist(rows)
 
+# %% ../nbs/07a_trees.ipynb #3205fe43
 @patch
 def matrix(self: TreeSummary,
     group: str = "all", # whose transitions
@@ -1285,19 +1301,22 @@ def matrix(self: TreeSummary,
     kind = pa.float64() if share else pa.int64()
     return pa.table(dict(parent=pa.array(THOUGHT_TYPES)) | {c: pa.array([found[p, c] for p in THOUGHT_TYPES], kind) for c in THOUGHT_TYPES})
 
-# %% ../nbs/07a_trees.ipynb #6fc9128b
+# %% ../nbs/07a_trees.ipynb #829cf228
 def _in_words(self: TreeSummary) -> list[tuple[str, Any]]:
     "(heading, data frame) of what is shown."
     bad = f"; {len(self.unreadable):,} rows could not be read" if self.unreadable else ""
-    return [(f"Trees by {self.by}, median (quartiles){bad}", self.overview().to_pandas()), ("Shares of children, by type of the parent", self.matrix().to_pandas().round(3))]
+    return [(f"Trees by {self.by}, median (quartiles){bad}", self.overview().to_pandas()),
+        ("Shares of children, by type of the parent", self.matrix().to_pandas().round(3))]
 
 @patch
-def __repr__(self: TreeSummary) -> str: return "\n\n".join(f"{visible(title)}\n{visible(frame.to_string(index=False, na_rep='–'))}" for title, frame in _in_words(self))
+def __repr__(self: TreeSummary) -> str:
+    return "\n\n".join(f"{visible(title)}\n{visible(frame.to_string(index=False, na_rep='–'))}" for title, frame in _in_words(self))
 
 @patch
-def _repr_html_(self: TreeSummary) -> str: return "".join(f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, na_rep='–')}" for title, frame in _in_words(self))
+def _repr_html_(self: TreeSummary) -> str:
+    return "".join(f"<p>{escape(title)}</p>{frame.to_html(index=False, escape=True, na_rep='–')}" for title, frame in _in_words(self))
 
-# %% ../nbs/07a_trees.ipynb #c169feba
+# %% ../nbs/07a_trees.ipynb #f1aa2bb1
 def plot_type_ratings(
     table: pa.Table, # of `tree_table`
 ) -> Figure: # a bar for each type that occurs, cut by rating
@@ -1307,14 +1326,15 @@ def plot_type_ratings(
     there = np.flatnonzero(counts.sum(1))[::-1]
     shares, left = counts[there] / counts[there].sum(1, keepdims=True), np.zeros(len(there))
     for i, name in enumerate(_RATINGS):
-        ax.barh(np.arange(len(there)), shares[:, i], left=left, color=_RATING_COLOURS[None if name == "none" else name], edgecolor="#888888", lw=.6, label="not rated" if name == "none" else name)
+        colour, label = (_RATING_COLOURS[None], "not rated") if name == "none" else (_RATING_COLOURS[name], name)
+        ax.barh(np.arange(len(there)), shares[:, i], left=left, color=colour, edgecolor="#888888", lw=.6, label=label, clip_on=False)
         left += shares[:, i]
     ax.set_yticks(np.arange(len(there)), [f"{THOUGHT_TYPES[t]} ({counts[t].sum():,})" for t in there])
     ax.set(xlabel="share of the thoughts of this type", xlim=(0, 1))
     if len(there): ax.legend(frameon=False, ncols=len(_RATINGS), loc="upper center", bbox_to_anchor=(.5, 1.14), fontsize="small")
     return fig
 
-# %% ../nbs/07a_trees.ipynb #7aad03b3
+# %% ../nbs/07a_trees.ipynb #7b368550
 def plot_transitions(
     table: pa.Table, # of `tree_table`
 ) -> Figure: # shares as colour and in figures; counts on the left
@@ -1323,7 +1343,9 @@ def plot_transitions(
     counts = _grid_sums(table["transitions"], THOUGHT_TYPES)
     shares = np.array(_shares(counts), float)
     ax.imshow(np.ma.masked_invalid(shares), cmap=plt.get_cmap("Blues").with_extremes(bad="#dddddd"), vmin=0, vmax=1, aspect="auto")
-    for i, j in np.argwhere(counts > 0): ax.text(j, i, f"{shares[i, j]:.0%}" if shares[i, j] >= .01 else "< 1%", ha="center", va="center", fontsize="small", color="white" if shares[i, j] > .6 else "black")
+    for i, j in np.argwhere(counts > 0):
+        share = shares[i, j]
+        ax.text(j, i, f"{share:.0%}" if share >= .01 else "< 1%", ha="center", va="center", fontsize="small", color="white" if share > .6 else "black")
     ax.set_xticks(range(len(THOUGHT_TYPES)), THOUGHT_TYPES)
     ax.set_yticks(range(len(THOUGHT_TYPES)), [f"{t} ({n:,})" for t, n in zip(THOUGHT_TYPES, counts.sum(1))])
     ax.set(xlabel="type of the child", ylabel="type of the parent (its children)")
@@ -1331,7 +1353,7 @@ def plot_transitions(
     fig.suptitle("What follows what", fontsize="medium")
     return fig
 
-# %% ../nbs/07a_trees.ipynb #01df3dff
+# %% ../nbs/07a_trees.ipynb #fd543552
 def _edges_for(values: list[int]) -> np.ndarray:
     "Edges of bins for whole numbers: one bin a number up to forty, else thirty bins."
     low, high = min(values, default=0), max(values, default=0)
@@ -1346,12 +1368,12 @@ def plot_tree_shapes(
         drawn = [(n, c, x) for n, c, g in _by_group(table) if len(x := g[column].drop_null().to_numpy())] if len(table) else []
         edges = _edges_for([v for *_, x in drawn for v in (int(x.min()), int(x.max()))])
         for name, colour, x in drawn: ax.hist(x, edges, weights=np.full(len(x), 1 / len(x)), histtype="step", linewidth=1.5, color=colour, label=f"{name} ({len(x):,})")
-        ax.set(xlabel=column, ylabel="share of the domain's trees")
+        ax.set(xlabel=dict(nodes="nodes of a tree", depth="depth of a tree (steps)")[column], ylabel="share of the domain's trees")
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if drawn: axes[1].legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/07a_trees.ipynb #70ffe89a
+# %% ../nbs/07a_trees.ipynb #da7c8cac
 def plot_all_trees(
     table: pa.Table, # of `tree_table`
 ) -> Iterator[tuple[str, str, str, Figure]]: # (name, title, caption, figure); close each figure after use
