@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from importlib.resources import files
 from io import BytesIO
 from itertools import chain, islice, zip_longest
@@ -34,9 +35,10 @@ from .trace import CODES, Issue, Trace, check_utf8, register_codes
 from .memento import MEMENTO_TOKENS, build_memento, parse_memento
 
 # %% auto #0
-__all__ = ['COLUMNS', 'FULL_COLUMNS', 'THOUGHT_COLUMNS', 'Shard', 'sample_traces', 'sample_zoo', 'make_traces',
-           'check_arithmetic', 'make_trees', 'Unreadable', 'BadRow', 'UnreadableRows', 'LoadReport', 'load_report',
-           'load_traces', 'read_rows', 'FullReport', 'check_full', 'full_pass_rates', 'open_whole', 'write_whole']
+__all__ = ['COLUMNS', 'FULL_COLUMNS', 'THOUGHT_COLUMNS', 'STEP_COLUMNS', 'STEP_LABELS', 'Shard', 'sample_traces', 'sample_zoo',
+           'make_traces', 'check_arithmetic', 'make_trees', 'Unreadable', 'BadRow', 'UnreadableRows', 'LoadReport',
+           'load_report', 'load_traces', 'read_rows', 'FullReport', 'check_full', 'full_pass_rates', 'open_whole',
+           'write_whole']
 
 # %% ../nbs/02_sources.ipynb #0bd40b32
 COLUMNS = pa.schema([("problem", pa.string()), ("response", pa.string()), ("domain", pa.string()),
@@ -45,10 +47,11 @@ FULL_COLUMNS = pa.schema([*COLUMNS, ("sentences", pa.list_(pa.string())), ("bloc
     ("block_summaries", pa.list_(pa.string()))]) # config "full"
 
 THOUGHT_COLUMNS = pa.schema([("text", pa.string()), *(c for c in COLUMNS if c.name != "response"), ("answer", pa.string())]) # thought trees
+STEP_COLUMNS = pa.schema([*COLUMNS, ("steps", pa.list_(pa.struct([("start", pa.int64()), ("end", pa.int64()), ("category", pa.string()), ("macro", pa.string())])))]) # annotated
 
 def _schema(config: str | None, known: tuple = ("default", "full")) -> pa.Schema:
     if config not in (None, *known): raise ValueError(f"config {config!r} is unknown; choose {' or '.join(known)}")
-    return dict(full=FULL_COLUMNS, thoughts=THOUGHT_COLUMNS).get(config, COLUMNS)
+    return dict(full=FULL_COLUMNS, thoughts=THOUGHT_COLUMNS, steps=STEP_COLUMNS).get(config, COLUMNS)
 
 # %% ../nbs/02_sources.ipynb #cda18fe0
 def _bundled(name: str) -> list[dict]:
@@ -56,16 +59,50 @@ def _bundled(name: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 def sample_traces(
-    config: str = "default", # "default": the five columns; "full": with `sentences`, `blocks`, `block_summaries`; "thoughts": thought trees
-) -> Dataset: # 24 rows; 16 of "thoughts", with `text` in place of `response`, and with `answer`
-    "The bundled corpus in the columns of OpenMementos, or the bundled thought trees."
-    rows, schema = _bundled("thoughts.jsonl" if config == "thoughts" else "sample.jsonl"), _schema(config, ("default", "full", "thoughts"))
+    config: str = "default", # "default": the five columns; "full": with `sentences`, `blocks`, `block_summaries`; "thoughts": thought trees; "steps": those rows that are annotated, with `steps`
+) -> Dataset: # 24 rows; 16 of "thoughts", with `text` in place of `response`, and with `answer`; 15 of "steps"
+    "The bundled corpus in the columns of OpenMementos, the bundled thought trees, or the annotated part of the corpus."
+    schema = _schema(config, ("default", "full", "thoughts", "steps"))
+    rows = _annotated() if config == "steps" else _bundled("thoughts.jsonl" if config == "thoughts" else "sample.jsonl")
     return Dataset(pa.Table.from_pylist([{k: r[k] for k in schema.names} for r in rows], schema=schema), info=DatasetInfo(dataset_name="the bundled sample"))
 
 # %% ../nbs/02_sources.ipynb #72522f76
 def sample_zoo() -> Dataset: # columns `code`, `response`, `options` (JSON, for `parse`), `note`
     "Malformed traces, one for each issue code of the linear dialects."
     return Dataset.from_list(_bundled("zoo.jsonl"))
+
+# %% ../nbs/02_sources.ipynb #073ba05a
+STEP_LABELS = ("Read", "Analyze", "Plan", "Implement", "Explore", "Verify", "Monitor", "Answer") # ThinkARM's eight
+
+def _step_fault(step: Any, at: int, text: str) -> str:
+    "What is wrong with a step [start, end, label] of `text` that may start at `at` or later; empty if nothing is."
+    if not isinstance(step, list) or [type(x) for x in step] != [int, int, str]: return "is not [start, end, label]"
+    start, end, label = step
+    if label not in STEP_LABELS: return f"has the unknown label {label!r}"
+    if not at <= start < end <= len(text): return f"is [{start}, {end}), which is empty or not within [{at}, {len(text)})"
+    return "begins or ends with white space" if text[start].isspace() or text[end - 1].isspace() else ""
+
+# %% ../nbs/02_sources.ipynb #ecabbf84
+def _note_fault(note: Any, rows: list[dict], least: int) -> str:
+    "What is wrong with a line of steps.jsonl, whose row must be `least` or a later one; empty if nothing is."
+    if not isinstance(note, dict) or set(note) != {"row", "sha256", "steps"} or not isinstance(note["steps"], list): return "a line must have row, sha256 and a list of steps"
+    if type(note["row"]) is not int or not least <= note["row"] < len(rows): return f"row {note['row']!r} is not one of {least} to {len(rows) - 1}"
+    text, at = rows[note["row"]]["response"], 0
+    if sha256(text.encode()).hexdigest() != note["sha256"]: return f"the response of row {note['row']} is not the one that was annotated: its sha256 is another"
+    for i, step in enumerate(note["steps"]):
+        if fault := _step_fault(step, at, text): return f"step {i} of row {note['row']} {fault}"
+        at = step[1]
+    return ""
+
+# %% ../nbs/02_sources.ipynb #0201bac2
+def _annotated() -> list[dict]:
+    "The rows of the corpus that have steps, with these; ValueError if steps.jsonl does not belong to sample.jsonl."
+    rows, out, least = _bundled("sample.jsonl"), [], 0
+    for i, note in enumerate(_bundled("steps.jsonl"), 1):
+        if fault := _note_fault(note, rows, least): raise ValueError(f"steps.jsonl:{i}: {fault}")
+        least = note["row"] + 1
+        out.append(rows[note["row"]] | dict(steps=[dict(start=s, end=e, category=label, macro=label) for s, e, label in note["steps"]]))
+    return out
 
 # %% ../nbs/02_sources.ipynb #1bf2f881
 def _pick(rng: Random, low: int, high: int) -> int:
