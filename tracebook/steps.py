@@ -181,7 +181,7 @@ def _levels(text: str) -> Iterator[np.ndarray]:
         h = h[:-size] * _M2 + h[size:] * _M1 if len(h) > size else h[:0]
         size *= 2
 
-# %% ../nbs/04_steps.ipynb #745ab932
+# %% ../nbs/04_steps.ipynb #9a2b190c
 def _occurrences(
     text: str, # squeezed
     pieces: Iterable[str], # squeezed, none of them empty
@@ -193,10 +193,14 @@ def _occurrences(
     starts, level = np.cumsum(sizes) - sizes, np.array([int(n).bit_length() - 1 for n in sizes])
     for k, (h, own) in enumerate(zip(_levels(text), _levels("".join(pieces)))):
         if k > level.max(): break
-        if len(some := np.flatnonzero(level == k)): _find_level(h, own[starts[some]], own[starts[some] + sizes[some] - (1 << k)], sizes[some], 1 << k, [pieces[i] for i in some], found)
+        some = np.flatnonzero(level == k)
+        ends = starts[some] + sizes[some] - (1 << k)
+        if len(some): _find_level(h, own[starts[some]], own[ends], sizes[some], 1 << k, [pieces[i] for i in some], found)
     return found
 
-# %% ../nbs/04_steps.ipynb #ba2c1a14
+# %% ../nbs/04_steps.ipynb #ab0ab5ee
+_PLACES = 4_000_000 # places looked at on one level, if all pieces are equally frequent
+
 def _find_level(h: np.ndarray, first: np.ndarray, last: np.ndarray, sizes: np.ndarray, width: int, pieces: list[str], found: dict) -> None:
     "Add the places of pieces of one level."
     table, shift = np.zeros(1 << 20, bool), np.uint64(44)
@@ -205,8 +209,10 @@ def _find_level(h: np.ndarray, first: np.ndarray, last: np.ndarray, sizes: np.nd
     at = at[np.isin(h[at], first)]
     at = at[np.argsort(h[at], kind="stable")]
     keys, order = h[at], np.lexsort((last, sizes, first))
-    for (key, size), group in groupby(order, key=lambda i: (first[i], sizes[i])):
+    groups = [(x, list(group)) for x, group in groupby(order, key=lambda i: (first[i], sizes[i]))]
+    for (key, size), group in groups:
         here = at[np.searchsorted(keys, key):np.searchsorted(keys, key, "right")]
+        here = here[::max(1, len(here) * len(groups) // _PLACES)]
         here = here[here + size <= len(h) + width - 1]
         tails = h[here + size - width]
         by_tail = np.argsort(tails, kind="stable")
@@ -215,12 +221,13 @@ def _find_level(h: np.ndarray, first: np.ndarray, last: np.ndarray, sizes: np.nd
             places = here[by_tail[np.searchsorted(tails, last[i]):np.searchsorted(tails, last[i], "right")]]
             if len(places): found[pieces[i]] = places
 
-# %% ../nbs/04_steps.ipynb #2a47aaa9
+# %% ../nbs/04_steps.ipynb #a39e2559
 def _chain(
     options: Sequence[Sequence[tuple[int, int, int]]], # for each piece its options (start, end, weight), starts rising
+    edge: int = -1, # where a step ends that was placed before; -1: there is none
 ) -> list[int]: # for each piece which option is taken; -1: none
     "The chain with the greatest total weight, then with the most joins."
-    ends, totals, nodes, at, trail = [], [], [], {}, [] # three columns of the staircase; end -> (total, node); node -> (piece, option, node before)
+    ends, totals, nodes, at, trail = [], [], [], {edge: (0, -1)}, [] # three columns of the staircase; end -> (total, node); node -> (piece, option, node before)
     for i, places in enumerate(options):
         new = []
         for j, (start, end, weight) in enumerate(places):
@@ -278,15 +285,22 @@ def _options(pieces: list[str], places: dict, low: int, high: int, most: int) ->
         out.append([(s, s + len(p), len(p)) for s in here])
     return out
 
-# %% ../nbs/04_steps.ipynb #517265af
-def _whole(text: str, squeezed: _Squeezed, piece: str, places: np.ndarray) -> np.ndarray:
-    "Of the places of a short piece, those that do not cut a word."
-    if len(piece) > 3: return places
-    word = lambda a, b: a.isascii() and b.isascii() and a.isalnum() and b.isalnum()
-    def holds(at):
-        start, end = squeezed.span(at, at + len(piece))
-        return not (start and word(text[start - 1], text[start])) and not (end < len(text) and word(text[end - 1], text[end]))
-    return places[np.fromiter((holds(at) for at in places.tolist()), bool, len(places))]
+# %% ../nbs/04_steps.ipynb #afd26bbe
+def _inside_words(squeezed: _Squeezed) -> np.ndarray: # bool, one entry more than squeezed characters
+    "Whether each position lies between two letters or digits of one word; of ASCII, since other scripts may write without spaces."
+    codes = np.frombuffer(squeezed.text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    plain = (codes - 48 < 10) | ((codes | 32) - 97 < 26) # unsigned, so that what is below wraps around
+    inside = np.zeros(len(codes) + 1, bool)
+    inside[1:-1] = plain[1:] & plain[:-1]
+    inside[squeezed.at] = False
+    return inside
+
+def _whole_only(places: dict[str, np.ndarray], squeezed: _Squeezed) -> dict[str, np.ndarray]:
+    "Of the places of short pieces, those that cut no word."
+    if not any(len(p) < 4 for p in places): return places
+    inside = _inside_words(squeezed)
+    some = {p: at[~inside[at] & ~inside[at + len(p)]] if len(p) < 4 else at for p, at in places.items()}
+    return {p: at for p, at in some.items() if len(at)}
 
 # %% ../nbs/04_steps.ipynb #e3752a1f
 def _tiled(text: str, pieces: list[str]) -> list[tuple[int, int]] | None:
@@ -308,13 +322,12 @@ def _gaps(placed: list, size: int, low: int = 0) -> Iterator[tuple[int, int, int
             i = j
         else: low, i = placed[i][1], i + 1
 
-# %% ../nbs/04_steps.ipynb #cf757dae
-def _exact(text: str, squeezed: _Squeezed, pieces: list[str], budget: int) -> tuple[list, set]:
+# %% ../nbs/04_steps.ipynb #f66f78b0
+def _exact(squeezed: _Squeezed, pieces: list[str], budget: int) -> tuple[list, set]:
     "Squeezed places of the pieces that occur, by the best chain, and the pieces that occur anywhere."
     if tiled := _tiled(squeezed.text, pieces): return [p if p[0] < p[1] else None for p in tiled], set(pieces)
-    places = {p: _whole(text, squeezed, p, at) for p, at in _occurrences(squeezed.text, filter(None, pieces)).items()}
-    places = {p: at for p, at in places.items() if len(at)}
-    rare = _affordable(pieces, {p: len(at) for p, at in places.items()}, budget)
+    places = _whole_only(_occurrences(squeezed.text, filter(None, pieces)), squeezed)
+    rare = _affordable(pieces, {p: len(at) for p, at in places.items()}, max(budget, 4 * len(pieces)))
     options = [[(s, s + len(p), len(p)) for s in places[p].tolist()] if p in rare else [] for p in pieces]
     placed = [x[k][:2] if k >= 0 else None for x, k in zip(options, _chain(options))]
     if len(rare) < len(places): _fill(placed, pieces, {p: at for p, at in places.items() if p not in rare}, len(squeezed.text), budget)
@@ -325,24 +338,24 @@ def _fill(placed: list, pieces: list[str], places: dict, size: int, budget: int)
     most = max(8, budget // max(sum(p in places for p in pieces), 1))
     for i, j, low, high in list(_gaps(placed, size)):
         options = _options(pieces[i:j], places, low, high, most)
-        placed[i:j] = [x[k][:2] if k >= 0 else None for x, k in zip(options, _chain(options))]
+        placed[i:j] = [x[k][:2] if k >= 0 else None for x, k in zip(options, _chain(options, low or -1))]
 
-# %% ../nbs/04_steps.ipynb #b27d51e6
+# %% ../nbs/04_steps.ipynb #ca184cd1
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+") # a word; in scripts without spaces, a character
 
 def _common(
     words: list[str], # of the pieces
     others: list[str], # of the text
-    budget: int, # options in the chain
+    budget: int, # options in the chain at most; 50 for each word, or 1,000, if that is less
 ) -> tuple[list[int], bool]: # for each word its place among the others, or -1; whether all words were tried
     "The longest common sequence, by characters."
     places = {w: [] for w in words}
     for k, w in enumerate(others):
         if w in places: places[w].append(k)
     places = {w: at for w, at in places.items() if at}
-    tried = _affordable(words, {w: len(at) for w, at in places.items()}, budget)
+    tried = _affordable(words, {w: len(at) for w, at in places.items()}, min(budget, max(1000, 50 * len(words))))
     options = [[(k, k + 1, len(w)) for k in places[w]] if w in tried else [] for w in words]
-    return [x[k][0] if k >= 0 else -1 for x, k in zip(options, _chain(options))], len(tried) == len(places)
+    return [x[k][0] if k >= 0 else -1 for x, k in zip(options, _chain(options, 0))], len(tried) == len(places)
 
 # %% ../nbs/04_steps.ipynb #dac43503
 def _best_run(
@@ -377,29 +390,42 @@ def _punctuated(text: str, piece: str, words: list[tuple[int, int]], start: int,
     if tail and end + len(tail) <= high and text.startswith(tail, end): end += len(tail)
     return start, end
 
-# %% ../nbs/04_steps.ipynb #4612fa69
+# %% ../nbs/04_steps.ipynb #462dfbb0
 _WINDOW = 100_000 # characters of a gap that are read at least
 
+def _runs(own: list[_Words], there: _Words, before: list[int], budget: int) -> list[tuple[int, int, int, float]]:
+    "(first, last, characters in common, score) of each piece, all of them together."
+    found, complete = _common([w for o in own for w in o.words], there.words, budget)
+    found, out, free = iter(found), [], 0
+    for o in own:
+        run = _best_run([(k, len(w)) for w in o.words if (k := next(found)) >= 0], before)
+        if run[2] and not complete: run = _closer(o.words, there.words, before, max(run[0] - len(o.words), free), run[1] + len(o.words) + 1, budget)
+        first, last, common = run
+        out.append((*run, 2 * common / (sum(map(len, o.words)) + before[last + 1] - before[first]) if common else 0.0))
+        free = max(free, last + 1)
+    return out
+
+# %% ../nbs/04_steps.ipynb #6358265a
 def _fuzzy(text: str, pieces: list[str], low: int, high: int, open_left: bool, threshold: float, budget: int) -> list[tuple[int, int, float]]:
     "(start, end, score) of the pieces of a gap; start is -1 where the score is below the threshold."
     window = max(_WINDOW, 4 * sum(map(len, pieces)))
     if high - low > window: low, high = (high - window, high) if open_left else (low, low + window)
-    there, own = _Words.of(text, low, high), [_Words.of(p) for p in pieces]
+    there, own, free = _Words.of(text, low, high), [_Words.of(p) for p in pieces], 0
     before = list(accumulate(map(len, there.words), initial=0))
-    found, complete = _common([w for o in own for w in o.words], there.words, budget)
-    found, out, free = iter(found), [], 0
-    for piece, o in zip(pieces, own):
-        some = [(k, len(w)) for w in o.words if (k := next(found)) >= 0]
-        first, last, common = _best_run(some, before)
-        if some and not complete: first, last, common = _closer(o.words, there.words, before, max(first - len(o.words), free), last + len(o.words) + 1, budget)
-        score = 2 * common / (sum(map(len, o.words)) + before[last + 1] - before[first]) if common else 0.0
-        if not common or score < threshold or first < free: out.append((-1, -1, score))
+    runs = _runs(own, there, before, budget)
+    some = [k for k, run in enumerate(runs) if 2 * run[3] >= threshold]
+    if 0 < len(some) < len(own):
+        for k, run in zip(some, _runs([own[k] for k in some], there, before, budget)): runs[k] = run
+    out = []
+    for piece, o, (first, last, common, score) in zip(pieces, own, runs):
+        alone = common < 8 and first != free and last + 1 != len(there.words)
+        if not common or score < threshold or first < free or alone: out.append((-1, -1, score))
         else:
             out.append((*_punctuated(text, piece, o.spans, there, first, last, low, high), score))
             low, free = out[-1][1], last + 1
     return out
 
-# %% ../nbs/04_steps.ipynb #9251879f
+# %% ../nbs/04_steps.ipynb #827b460b
 def _closer(words: list[str], others: list[str], before: list[int], low: int, high: int, budget: int) -> tuple[int, int, int]:
     "The best run of one piece near a place."
     found, _ = _common(words, others[low:high], budget)
@@ -414,7 +440,7 @@ def _punctuated(text: str, piece: str, own: list[tuple[int, int]], there: _Words
     if tail and end + len(tail) <= high and text.startswith(tail, end): end += len(tail)
     return start, end
 
-# %% ../nbs/04_steps.ipynb #64465fa6
+# %% ../nbs/04_steps.ipynb #3715abe0
 class Match(NamedTuple):
     "Where one piece stands in a text."
     index: int # position among the pieces
@@ -423,7 +449,7 @@ class Match(NamedTuple):
     score: float | None # 1.0: the same but for white space; less: similar; None: nothing to compare
     how: str # found: "exact", "space" (but for white space), "fuzzy"; not: "empty", "order" (it stands elsewhere), "low_score", "missing"
 
-# %% ../nbs/04_steps.ipynb #1a0092f3
+# %% ../nbs/04_steps.ipynb #b7dd54db
 def _widen(text: str, pieces: Sequence[str], spans: list[tuple[int, int] | None], start: int, end: int) -> None:
     "Give each match the white space at the ends of its piece, as far as it stands there."
     found = [i for i, s in enumerate(spans) if s]
@@ -435,7 +461,7 @@ def _widen(text: str, pieces: Sequence[str], spans: list[tuple[int, int] | None]
         if tail and b + len(tail) <= high and text.startswith(tail, b): b += len(tail)
         spans[i] = a, b
 
-# %% ../nbs/04_steps.ipynb #b6114c3e
+# %% ../nbs/04_steps.ipynb #4700c0d3
 def align_steps(
     text: str, # the untouched text
     pieces: Iterable[str], # texts of the steps, in order
@@ -450,14 +476,14 @@ def align_steps(
     low, high = start, len(text) if end is None else end
     region = text if (low, high) == (0, len(text)) else text[low:high]
     squeezed, cores = _Squeezed(region), [_squeeze(p) for p in pieces]
-    placed, known = _exact(region, squeezed, cores, budget)
+    placed, known = _exact(squeezed, cores, budget)
     spans = [x and tuple(low + o for o in squeezed.span(*x)) for x in placed]
     scores = _between(text, pieces, cores, spans, known, low, high, threshold, budget)
     exact = [x is not None for x in placed]
     _widen(text, pieces, spans, low, high)
     return [_match(text, *x) for x in zip(range(len(pieces)), pieces, cores, spans, exact, scores, (c in known for c in cores))]
 
-# %% ../nbs/04_steps.ipynb #5f6d7aeb
+# %% ../nbs/04_steps.ipynb #e4ab89ee
 def _check_pieces(text: str, pieces: Iterable[str], start: int, end: int | None, threshold: float) -> list[str]:
     if not isinstance(text, str): raise TypeError(f"the text must be a str, got {type(text).__name__}")
     if isinstance(pieces, str): raise TypeError("pieces must be a list of texts, not one text")
@@ -479,14 +505,14 @@ def _between(text: str, pieces: list[str], cores: list[str], spans: list, known,
             if s >= 0: spans[k] = s, e
     return scores
 
-# %% ../nbs/04_steps.ipynb #bc6abb06
+# %% ../nbs/04_steps.ipynb #6c289bda
 def _match(text: str, index: int, piece: str, core: str, span: tuple | None, exact: bool, score: float | None, known: bool) -> Match:
     "The row of one piece."
     if span is None: return Match(index, None, None, score, "empty" if not core else "order" if known else "low_score" if score else "missing")
     if not exact: return Match(index, *span, score, "fuzzy")
     return Match(index, *span, 1.0, "exact" if text[span[0]:span[1]].strip() == piece.strip() else "space")
 
-# %% ../nbs/04_steps.ipynb #120ffaf9
+# %% ../nbs/04_steps.ipynb #ee37c4ae
 def segments(
     response: str, # an untouched response in any dialect
 ) -> dict[str, tuple[int, int] | None]: # `thought` and `solution`: half-open offsets, or None
@@ -499,14 +525,14 @@ def _segments_of(trace: Trace) -> dict[str, tuple[int, int] | None]:
     solution = (answer.start, answer.end) if answer else None if inside else (0, len(trace.text))
     return dict(thought=(inside[0].start, inside[-1].end) if inside else None, solution=solution)
 
-# %% ../nbs/04_steps.ipynb #710b805f
+# %% ../nbs/04_steps.ipynb #13ebbee0
 def _segment_at(where: dict, start: int, end: int) -> str:
     "`thought` or `solution`, whichever shares more with a stretch."
     share = lambda part: min(end, part[1]) - max(start, part[0]) if part else -1
     thought, solution = share(where["thought"]), share(where["solution"])
     return "thought" if thought >= max(solution, min(end - start, 1)) else "solution"
 
-# %% ../nbs/04_steps.ipynb #628c8f15
+# %% ../nbs/04_steps.ipynb #3e4ff32c
 DIALECTS["steps"] = Dialect("steps") # its spans are `step`, `marker` and `gap`; sections and answer are asked of `segments`
 
 class StepAnnotation(NamedTuple):
@@ -521,7 +547,7 @@ class StepAnnotation(NamedTuple):
     how: str = "given" # "given": the offsets were there; else how the alignment found it, see `Match`
     tags: tuple[str, ...] = () # all labels, where a step may have several
 
-# %% ../nbs/04_steps.ipynb #87890692
+# %% ../nbs/04_steps.ipynb #a896db2a
 class UnalignedStep(NamedTuple):
     "A step without a place."
     index: int # position in the annotators' list
@@ -533,7 +559,7 @@ class UnalignedStep(NamedTuple):
     why: str # one sentence for people
     score: float | None = None # of the best place, where one was too low
 
-# %% ../nbs/04_steps.ipynb #5574c731
+# %% ../nbs/04_steps.ipynb #71ef3d0e
 @dataclass(frozen=True, slots=True, repr=False)
 class StepTrace:
     "A response, its annotated steps, and what could not be placed."
@@ -555,7 +581,7 @@ class StepTrace:
 
     def __len__(self) -> int: return len(self.steps)
 
-# %% ../nbs/04_steps.ipynb #b0f4c0a8
+# %% ../nbs/04_steps.ipynb #7b5eaa2f
 @patch
 def text_of(self: StepTrace,
     step: StepAnnotation | UnalignedStep, # one of this trace
@@ -573,7 +599,7 @@ def to_dicts(self: StepTrace) -> list[dict]: # keys start, end, category, macro,
     "The steps as plain data."
     return [dict(start=s.span.start, end=s.span.end, category=s.category, macro=s.macro, segment=s.segment) for s in self.steps]
 
-# %% ../nbs/04_steps.ipynb #35f5ba6b
+# %% ../nbs/04_steps.ipynb #ca756104
 @patch(as_prop=True)
 def coverage(self: StepTrace) -> dict[str, float | None]: # `steps`, `characters`, `thought`, `solution`, each from 0 to 1
     "Which share of the steps was placed, and which share of the characters other than white space is in a step."
@@ -585,7 +611,7 @@ def coverage(self: StepTrace) -> dict[str, float | None]: # `steps`, `characters
         out[name] = sum(cut(s.span.end) - cut(s.span.start) for s in self.steps) / size if size else None
     return dict(steps=len(self.steps) / total if total else None, characters=out.pop("characters"), **out)
 
-# %% ../nbs/04_steps.ipynb #289f781d
+# %% ../nbs/04_steps.ipynb #558b152e
 class _Draft(NamedTuple):
     "A step on its way."
     index: int
@@ -598,6 +624,7 @@ class _Draft(NamedTuple):
     complete: bool = True
     segment: str | None = None # what the annotators say
     macro: str | None = None # where it is given and needs no taxonomy
+    at: tuple[int, int] | None = None # where an issue points, if there is no span
 
 _UNLABELLED = "unlabelled" # the label of a step that has none
 
@@ -606,7 +633,7 @@ def _tags(value: Any) -> tuple[str, ...]:
     some = value if isinstance(value, (list, tuple)) else [value]
     return tuple(x if isinstance(x, str) else str(x) for x in some if x is not None and x != "") or (_UNLABELLED,)
 
-# %% ../nbs/04_steps.ipynb #62a62deb
+# %% ../nbs/04_steps.ipynb #1634cfa9
 _WHY = dict(order="its text stands elsewhere, but not between its neighbours", low_score="the most similar place is not similar enough", missing="no place has anything in common with it")
 
 def _aligned(
@@ -626,7 +653,7 @@ def _aligned(
         return d._replace(how="empty_step" if m.how == "empty" else "unaligned_step", why=_WHY.get(m.how, ""), score=m.score)
     return [placed(d) for d in drafts]
 
-# %% ../nbs/04_steps.ipynb #7a24ed62
+# %% ../nbs/04_steps.ipynb #9d31e11f
 def _build(
     text: str, # the response
     drafts: list[_Draft], # in the annotators' order
@@ -640,6 +667,7 @@ def _build(
     base, steps, aside, notes, cursor = parse(text), [], [], list(found), 0
     where = _segments_of(base)
     for d in drafts:
+        spot = d.span or d.at or (cursor, cursor)
         category, macro, _ = taxonomy.lookup(d.tags[0]) if d.macro is None else (d.tags[0], d.macro, True)
         if d.span:
             cursor, segment = d.span[1], _segment_at(where, *d.span)
@@ -647,13 +675,13 @@ def _build(
             if d.segment not in (None, segment): notes.append(("segment_mismatch", *d.span, f"Step {d.index} is annotated as {d.segment} and stands in the {segment}."))
         else:
             aside.append(UnalignedStep(d.index, d.tags[0], category, macro, d.text, d.how, d.why, d.score))
-            notes.append((d.how, cursor, cursor, f"Step {d.index} is put aside: {d.why}." if d.why else ""))
-        notes += [("unknown_label", *(d.span or (cursor, cursor)), f"Step {d.index} has the label {visible(x[:80])!r}.") for x in d.tags if d.macro is None and not taxonomy.lookup(x)[2]]
+            notes.append((d.how, *spot, f"Step {d.index} is put aside: {d.why}." if d.why else ""))
+        notes += [("unknown_label", *spot, f"Step {d.index} has the label {visible(x[:80])!r}.") for x in d.tags if d.how != "bad_step" and d.macro is None and not taxonomy.lookup(x)[2]]
     steps.sort(key=lambda s: s.span)
     spans = _partition(len(text), [s.span for s in steps], [s for s in base.spans if s.kind == "marker"] if markers is None else markers)
     return _covered(Trace(text, spans, (), "steps"), steps, aside, taxonomy, form, notes, least)
 
-# %% ../nbs/04_steps.ipynb #b3e731bd
+# %% ../nbs/04_steps.ipynb #cec8c559
 def _partition(size: int, steps: list[Span], markers: Iterable[Span]) -> tuple[Span, ...]:
     "Steps, the markers that lie between them, and gaps."
     starts, out, at = [s.start for s in steps], [], 0
@@ -665,7 +693,7 @@ def _partition(size: int, steps: list[Span], markers: Iterable[Span]) -> tuple[S
         at = s.end
     return tuple(out) + ((Span("gap", at, size),) if size > at else ())
 
-# %% ../nbs/04_steps.ipynb #7263faf3
+# %% ../nbs/04_steps.ipynb #fd043b5f
 def _covered(trace: Trace, steps: list, aside: list, taxonomy: Taxonomy, form: str, notes: list, least: float) -> StepTrace:
     "The finished trace with its issues, coverage among them."
     made = StepTrace(trace, tuple(steps), tuple(aside), taxonomy, form)
@@ -676,7 +704,7 @@ def _covered(trace: Trace, steps: list, aside: list, taxonomy: Taxonomy, form: s
     issues = tuple(Issue.of(*n) for n in sorted(notes, key=lambda n: n[1:3]))
     return StepTrace(Trace._trusted(trace.text, trace.spans, issues, "steps", None), *(getattr(made, f) for f in ("steps", "unaligned", "taxonomy", "form")))
 
-# %% ../nbs/04_steps.ipynb #1624ba58
+# %% ../nbs/04_steps.ipynb #f031e7a0
 class Form(NamedTuple):
     "How one form of annotation keeps its steps."
     taxonomy: str # key of `TAXONOMIES`
@@ -701,7 +729,7 @@ def _taxonomy_for(form: str, taxonomy: Taxonomy | str | None) -> Taxonomy:
     if taxonomy is not None: return Taxonomy.of(taxonomy)
     return Taxonomy.of(FORMS[form].taxonomy) | Taxonomy.of(None)
 
-# %% ../nbs/04_steps.ipynb #7b08aba7
+# %% ../nbs/04_steps.ipynb #98cd054a
 _END = "end-section"
 _LABEL = re.compile(r'\["([^"\[\]\n]{1,80})"\]')
 
@@ -727,13 +755,13 @@ def parse_inline(
         found.append(("section_unbalanced", opened[2], opened[1]))
     return _build(marked, drafts, taxonomy, "inline", found, markers=markers, least=0)
 
-# %% ../nbs/04_steps.ipynb #4751bec1
+# %% ../nbs/04_steps.ipynb #ba63dba3
 def _section(marked: str, index: int, opened: tuple, end: int, complete: bool) -> _Draft:
     label, start, _ = opened
     text, blank = marked[start:end], not marked[start:end].strip()
     return _Draft(index, (label,), text, None if blank else (start, end), "empty_step" if blank else "given", complete=complete)
 
-# %% ../nbs/04_steps.ipynb #bf38d71e
+# %% ../nbs/04_steps.ipynb #9c34a7ed
 _SEGMENTS = dict(think="thought", thought="thought", thinking="thought", reasoning="thought", answer="solution", solution="solution")
 
 def _list_drafts(steps: Sequence, form: Form) -> list[_Draft]:
@@ -750,7 +778,7 @@ def _list_drafts(steps: Sequence, form: Form) -> list[_Draft]:
         out.append(_Draft(i, _tags(label), text, segment=_SEGMENTS.get(said.strip().lower()) if isinstance(said, str) else None))
     return out
 
-# %% ../nbs/04_steps.ipynb #cadc28cf
+# %% ../nbs/04_steps.ipynb #26fa1063
 def _read_list(steps: Sequence, response: str, form: str, taxonomy: Taxonomy, least: float, options: dict) -> StepTrace:
     "Chunks or sentences, aligned."
     return _build(response, _aligned(response, _list_drafts(steps, FORMS[form]), **options), taxonomy, form, least=least)
@@ -764,7 +792,7 @@ def _read_inline(marked: str, response: str | None, taxonomy: Taxonomy, least: f
     lost = [("section_unbalanced", 0, 0, f"At {i.start:,} of the marked text: {i.message}") for i in inline.issues if i.code == "section_unbalanced"]
     return _build(response, _aligned(response, sorted(drafts), **options), taxonomy, "inline", lost, least)
 
-# %% ../nbs/04_steps.ipynb #53e12f0e
+# %% ../nbs/04_steps.ipynb #f4e5dae9
 def _node_draft(i: int, node: Any, response: str) -> _Draft:
     "A node as a draft; its span is there only if it was verified."
     form = FORMS["nodes"]
@@ -779,16 +807,16 @@ def _node_draft(i: int, node: Any, response: str) -> _Draft:
     if whole and response[a:b] == draft.text: return draft._replace(span=(a, b))
     return draft._replace(why="offset_mismatch" if whole else "offset_range")
 
-# %% ../nbs/04_steps.ipynb #264d10f3
+# %% ../nbs/04_steps.ipynb #ada85073
 def _without_overlap(drafts: list[_Draft]) -> list[_Draft]:
     "As many spans as fit side by side, those that end first; the others are put aside."
     out, at = list(drafts), 0
     for d in sorted((d for d in drafts if d.span), key=lambda d: (d.span[1], -d.span[0], d.index)):
         if d.span[0] >= at: at = d.span[1]
-        else: out[d.index] = d._replace(span=None, how="overlapping_step", why=f"offsets {d.span[0]:,} to {d.span[1]:,} overlap a step that was kept")
+        else: out[d.index] = d._replace(span=None, how="overlapping_step", why=f"offsets {d.span[0]:,} to {d.span[1]:,} overlap a step that was kept", at=d.span)
     return out
 
-# %% ../nbs/04_steps.ipynb #2d121b02
+# %% ../nbs/04_steps.ipynb #0ff854dd
 def _read_nodes(nodes: Sequence, response: str, taxonomy: Taxonomy, least: float, options: dict) -> StepTrace:
     "Nodes with offsets: verified, or sought where they are wrong."
     drafts = _without_overlap([_node_draft(i, n, response) for i, n in enumerate(nodes)])
@@ -805,7 +833,7 @@ def _read_nodes(nodes: Sequence, response: str, taxonomy: Taxonomy, least: float
             for d in some: drafts[d.index] = d._replace(how="unaligned_step", why="the steps around it are not in the order of the text")
     return _build(response, _without_overlap(drafts), taxonomy, "nodes", lost, least)
 
-# %% ../nbs/04_steps.ipynb #9635ec53
+# %% ../nbs/04_steps.ipynb #f7e9e6a9
 _STOP = re.compile(r"""(?<=[.!?…])["'”’)\]*_]{0,4}\s+|(?<=[。！？])["'”’」』)\]*_]{0,4}\s*|\n\s*\n\s*|\n\s*(?=(?:[-*+•]|\d{1,3}[.)])\s)""")
 _ABBREVIATED = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|approx|resp|Eqs?|Figs?|Dr|Mrs?|Ms|Prof)|(?:^|\n)[^\S\n]*\d{1,3})\.$") # or the number of a list item
 
@@ -825,7 +853,7 @@ def split_sentences(
     trimmed = ((b - len(text[a:b].lstrip()), a + len(text[a:b].rstrip())) for a, b in out)
     return [x for x in trimmed if x[0] < x[1]]
 
-# %% ../nbs/04_steps.ipynb #9cfc7a5d
+# %% ../nbs/04_steps.ipynb #636c49c8
 def _own_drafts(text: str) -> tuple[str, list[_Draft]]:
     "Blocks and mementos of a text, or, where it has none, its sentences; and which of the two."
     trace = parse(text)
@@ -836,7 +864,7 @@ def _own_drafts(text: str) -> tuple[str, list[_Draft]]:
     bodies = [s for s in trace.spans if s.kind not in ("marker", "id", "rating")]
     return "text", [_Draft(i, ("sentence",), "", x) for i, x in enumerate(x for s in bodies for x in split_sentences(text, s.start, s.end))]
 
-# %% ../nbs/04_steps.ipynb #5ca61651
+# %% ../nbs/04_steps.ipynb #a6919f84
 def check_steps(
     steps: Any, # list of objects with start, end, category, macro; or an object of four lists, as older versions of datasets give it
     size: int, # code points of the response
@@ -856,7 +884,7 @@ def check_steps(
         at = s["end"]
     return list(steps)
 
-# %% ../nbs/04_steps.ipynb #84ae1a88
+# %% ../nbs/04_steps.ipynb #a6ee3962
 def _of_lists(steps: Mapping, where: str) -> list[dict]:
     "An object of lists as a list of objects."
     if not all(isinstance(v, (list, tuple)) for v in steps.values()) or len({len(v) for v in steps.values()}) > 1: raise ValueError(f"{where}: steps is an object, but not one of lists of the same length")
@@ -867,7 +895,7 @@ def _read_column(steps: Any, response: str, taxonomy: Taxonomy, keep: bool) -> S
     drafts = [_Draft(i, (s["category"],), "", (s["start"], s["end"]), macro=s["macro"] if keep else None) for i, s in enumerate(check_steps(steps, len(response)))]
     return _build(response, drafts, taxonomy, "steps", least=0)
 
-# %% ../nbs/04_steps.ipynb #7c61974a
+# %% ../nbs/04_steps.ipynb #62fe5356
 def parse_steps(
     source: str | Sequence | Mapping, # a marked text or a response, a list of chunks, sentences or nodes, or a row
     response: str | None = None, # the untouched response; None: it is in the row, or the source is itself the text
@@ -888,12 +916,12 @@ def parse_steps(
     found, drafts = _own_drafts(steps) if form == "text" else ("memento", _memento_drafts(steps))
     return _build(steps, drafts, _taxonomy_for(found, taxonomy), found, least=0)
 
-# %% ../nbs/04_steps.ipynb #6182382d
+# %% ../nbs/04_steps.ipynb #7fed0bb6
 def _detect(source: Any) -> str:
     "The form of an annotation, by its looks."
     if isinstance(source, str): return "inline" if any(normalise_label(m[1]) == _END for m in _LABEL.finditer(source)) else "text"
     if isinstance(source, Mapping):
-        found = next((f for f, x in FORMS.items() if any(source.get(k) is not None for k in x.steps)), None)
+        found = next((f for f, x in FORMS.items() if any(_may_be(f, source.get(k)) for k in x.steps)), None)
         if found is None and any(isinstance(source.get(k), str) for x in FORMS.values() for k in x.response): return "text"
     else:
         keys = next((x.keys() for x in source if isinstance(x, Mapping)), ())
@@ -901,7 +929,13 @@ def _detect(source: Any) -> str:
     if found is None: raise ValueError(f"no form of annotation is recognised; name one of {', '.join(FORMS)} in form=")
     return found
 
-# %% ../nbs/04_steps.ipynb #ba664589
+# %% ../nbs/04_steps.ipynb #89519bdf
+def _may_be(form: str, value: Any) -> bool:
+    "Whether a value of a row can be an annotation of a form."
+    if form == "inline": return isinstance(value, str)
+    if form == "steps" and isinstance(value, Mapping): return True
+    return isinstance(value, (list, tuple)) and (form == "nodes" or not value or any(isinstance(x, Mapping) for x in value))
+
 def _what(source: Any, response: str | None, form: str | None) -> tuple[str, Any, str | None]:
     "(form, annotation, response) of a source; errors for what cannot be one."
     if not isinstance(source, (str, list, tuple, Mapping)): raise TypeError(f"steps are read from a text, a list or a row, got {type(source).__name__}")
@@ -924,7 +958,7 @@ def _memento_drafts(text: str) -> list[_Draft]:
     form, drafts = _own_drafts(text)
     return drafts if form == "memento" else []
 
-# %% ../nbs/04_steps.ipynb #63d69cdb
+# %% ../nbs/04_steps.ipynb #60d9de9b
 def read_steps(
     rows: Iterable, # rows, marked texts or pairs (annotation, response)
     **options, # those of `parse_steps`
@@ -936,7 +970,7 @@ def read_steps(
         except (TypeError, ValueError) as e: unread.append(Unreadable(f"row {i}", "bad_column", str(e)))
     return traces, unread
 
-# %% ../nbs/04_steps.ipynb #0c07caab
+# %% ../nbs/04_steps.ipynb #a3a86d52
 def row_steps(
     row: Mapping, # a row with a response and perhaps a column `steps`
     text: str = "response", # key of the response
@@ -950,7 +984,7 @@ def row_steps(
     where = segments(response)
     return [dict(start=a, end=b, category=c, macro=m, segment=_segment_at(where, a, b)) for a, b, c, m in found]
 
-# %% ../nbs/04_steps.ipynb #cbf76d3f
+# %% ../nbs/04_steps.ipynb #773bc8a2
 STEP_TYPE = pa.struct([("start", pa.int64()), ("end", pa.int64()), ("category", pa.string()), ("macro", pa.string())]) # an entry of the column `steps` in Arrow
 STEP_COLUMNS = tuple(STEP_TYPE.names) # its keys
 
@@ -966,7 +1000,7 @@ def to_row(self: StepTrace,
     "The response and its steps as a row of a data set."
     return dict(**columns, response=self.text, steps=[{k: s[k] for k in STEP_COLUMNS} for s in self.to_dicts()])
 
-# %% ../nbs/04_steps.ipynb #6ef9dc3d
+# %% ../nbs/04_steps.ipynb #de4bc443
 @patch
 def to_inline(self: StepTrace,
     macro: bool = False, # write macro labels instead of categories
@@ -983,7 +1017,7 @@ def to_inline(self: StepTrace,
     if not same or self.form != "inline" and back.text != self.text: raise ValueError("the marked text would not be read back as it is; does the response or a label hold brackets of its own, or is a step empty?")
     return marked
 
-# %% ../nbs/04_steps.ipynb #61657f3b
+# %% ../nbs/04_steps.ipynb #5fffa62d
 def unmark(
     marked: StepTrace, # what `parse_inline` read
 ) -> StepTrace: # of the text that is left, with the same steps
@@ -997,7 +1031,7 @@ def unmark(
         at += span.size
     return _build("".join(parts), drafts, marked.taxonomy, "inline", least=0)
 
-# %% ../nbs/04_steps.ipynb #918274da
+# %% ../nbs/04_steps.ipynb #db02677a
 _GROUNDS = dict(Read="#DCE6F2", Analyze="#CFE8F7", Plan="#FBE5C0", Implement="#CDEBDD", Explore="#F6D5E8", Verify="#FBD3BE", Monitor="#FAF3B0", Answer="#D5D5D5", block="#CFE8F7", memento="#FBE5C0", sentence="#E6E6E6")
 _GROUND = "#EEE4FA" # of macro labels that have none
 
@@ -1007,7 +1041,7 @@ def counts(self: StepTrace) -> dict[str, int]: # macro label -> steps, the most 
     found = [s.macro for s in self.steps]
     return {m: found.count(m) for m in sorted(set(found), key=lambda m: (-found.count(m), m))}
 
-# %% ../nbs/04_steps.ipynb #1abf0ec8
+# %% ../nbs/04_steps.ipynb #2dacc95f
 @patch
 def __repr__(self: StepTrace) -> str:
     labels = ", ".join(f"{visible(m)} {n:,}" for m, n in list(self.counts.items())[:8])
@@ -1021,7 +1055,7 @@ def _pieces(self: StepTrace, limit: int) -> Iterator[tuple[str, StepAnnotation |
         if span.start >= limit: return
         yield visible(self.text[span.start:min(span.end, limit)]), step_of.get(span)
 
-# %% ../nbs/04_steps.ipynb #e72ff3c9
+# %% ../nbs/04_steps.ipynb #d4c23ce5
 @patch
 def _repr_html_(self: StepTrace, limit: int = 20_000) -> str:
     out = [f"<p><b>{escape(repr(self)[:9])}</b> · {escape(repr(self)[10:-1])} · {escape(visible(self.taxonomy.name))}</p>"]
@@ -1035,7 +1069,7 @@ def _repr_html_(self: StepTrace, limit: int = 20_000) -> str:
         out.append(escape(text) if s is None else f'<span title="{title}" {ground(s.macro)}>{escape(text)}</span>')
     return "".join(out) + "</div>" + (f"<p>{len(self.text) - limit:,} characters more</p>" if len(self.text) > limit else "")
 
-# %% ../nbs/04_steps.ipynb #2926bf86
+# %% ../nbs/04_steps.ipynb #d0cf7fbc
 _TERMINAL = dict(Read="blue", Analyze="cyan", Plan="yellow", Implement="green", Explore="magenta", Verify="red", Monitor="bright_yellow", Answer="bold", block="cyan", memento="yellow")
 
 @patch
@@ -1059,7 +1093,7 @@ def show(self: StepTrace,
     from rich.console import Console
     (console or Console()).print(self.to_rich(**options))
 
-# %% ../nbs/04_steps.ipynb #f86ab38e
+# %% ../nbs/04_steps.ipynb #3d373f6f
 def plot_steps(
     traces: Sequence[StepTrace], # any number of them
     bins: int = 20, # stretches of equal length into which each response is cut
