@@ -266,7 +266,7 @@ def _affordable(pieces: Sequence, counts: Mapping, budget: int) -> set:
     sums = accumulate(copies[p] * counts[p] for p in order)
     return {p for p, total in zip(order, sums) if total <= budget}
 
-# %% ../nbs/04_steps.ipynb #0fdbb039
+# %% ../nbs/04_steps.ipynb #45c6e08c
 def _few(places: np.ndarray, low: int, high: int, size: int, rank: float, cursor: int, most: int) -> np.ndarray:
     "Some places inside a gap: the next ones after a cursor and those around a rank, if all were too many."
     here = places[np.searchsorted(places, low):np.searchsorted(places, high - size, "right")]
@@ -274,6 +274,7 @@ def _few(places: np.ndarray, low: int, high: int, size: int, rank: float, cursor
     at, middle, half = int(np.searchsorted(here, cursor)), int(rank * len(here)), max(most // 2, 1)
     return np.union1d(here[at:at + half], here[max(middle - half // 2, 0):middle + half // 2 + 1])
 
+# %% ../nbs/04_steps.ipynb #35c15b30
 def _options(pieces: list[str], places: dict, low: int, high: int, most: int) -> list[list[tuple[int, int, int]]]:
     "The options of the pieces of one gap, `most` for each."
     out, cursor, total, seen = [], low, {}, {}
@@ -285,7 +286,7 @@ def _options(pieces: list[str], places: dict, low: int, high: int, most: int) ->
         out.append([(s, s + len(p), len(p)) for s in here])
     return out
 
-# %% ../nbs/04_steps.ipynb #afd26bbe
+# %% ../nbs/04_steps.ipynb #2926c90d
 def _inside_words(squeezed: _Squeezed) -> np.ndarray: # bool, one entry more than squeezed characters
     "Whether each position lies between two letters or digits of one word; of ASCII, since other scripts may write without spaces."
     codes = np.frombuffer(squeezed.text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -302,7 +303,7 @@ def _whole_only(places: dict[str, np.ndarray], squeezed: _Squeezed) -> dict[str,
     some = {p: at[~inside[at] & ~inside[at + len(p)]] if len(p) < 4 else at for p, at in places.items()}
     return {p: at for p, at in some.items() if len(at)}
 
-# %% ../nbs/04_steps.ipynb #e3752a1f
+# %% ../nbs/04_steps.ipynb #355f2f33
 def _tiled(text: str, pieces: list[str]) -> list[tuple[int, int]] | None:
     "Places of pieces that tile the whole text, or a long stretch that is there once; None if they do not."
     joined = "".join(pieces)
@@ -311,7 +312,7 @@ def _tiled(text: str, pieces: list[str]) -> list[tuple[int, int]] | None:
     ends = list(accumulate(map(len, pieces), initial=at))
     return list(zip(ends, ends[1:]))
 
-# %% ../nbs/04_steps.ipynb #79df5963
+# %% ../nbs/04_steps.ipynb #e5adc1ef
 def _gaps(placed: list, size: int, low: int = 0) -> Iterator[tuple[int, int, int, int]]:
     "(first piece, piece after the last, start, end) of each run of pieces that have no place, with the text between their neighbours."
     i = 0
@@ -322,7 +323,7 @@ def _gaps(placed: list, size: int, low: int = 0) -> Iterator[tuple[int, int, int
             i = j
         else: low, i = placed[i][1], i + 1
 
-# %% ../nbs/04_steps.ipynb #f66f78b0
+# %% ../nbs/04_steps.ipynb #cd0b514f
 def _exact(squeezed: _Squeezed, pieces: list[str], budget: int) -> tuple[list, set]:
     "Squeezed places of the pieces that occur, by the best chain, and the pieces that occur anywhere."
     if tiled := _tiled(squeezed.text, pieces): return [p if p[0] < p[1] else None for p in tiled], set(pieces)
@@ -333,6 +334,7 @@ def _exact(squeezed: _Squeezed, pieces: list[str], budget: int) -> tuple[list, s
     if len(rare) < len(places): _fill(placed, pieces, {p: at for p, at in places.items() if p not in rare}, len(squeezed.text), budget)
     return [x if x and squeezed.text.startswith(p, x[0]) else None for p, x in zip(pieces, placed)], places.keys()
 
+# %% ../nbs/04_steps.ipynb #31940a6a
 def _fill(placed: list, pieces: list[str], places: dict, size: int, budget: int) -> None:
     "Place the frequent pieces between the rarer ones."
     most = max(8, budget // max(sum(p in places for p in pieces), 1))
@@ -340,7 +342,7 @@ def _fill(placed: list, pieces: list[str], places: dict, size: int, budget: int)
         options = _options(pieces[i:j], places, low, high, most)
         placed[i:j] = [x[k][:2] if k >= 0 else None for x, k in zip(options, _chain(options, low or -1))]
 
-# %% ../nbs/04_steps.ipynb #ca184cd1
+# %% ../nbs/04_steps.ipynb #6ab3d6ed
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]+") # a word; in scripts without spaces, a character
 
 def _common(
@@ -357,7 +359,7 @@ def _common(
     options = [[(k, k + 1, len(w)) for k in places[w]] if w in tried else [] for w in words]
     return [x[k][0] if k >= 0 else -1 for x, k in zip(options, _chain(options, 0))], len(tried) == len(places)
 
-# %% ../nbs/04_steps.ipynb #dac43503
+# %% ../nbs/04_steps.ipynb #a627e34d
 def _best_run(
     found: list[tuple[int, int]], # (place among the words of the text, characters), places rising
     before: Sequence[int], # characters of the text before each of its words, one entry more than words
@@ -372,7 +374,7 @@ def _best_run(
         if total > best[0]: best = total, first, last, common
     return best[1:] if best[0] else (0, -1, 0)
 
-# %% ../nbs/04_steps.ipynb #dcdef1d9
+# %% ../nbs/04_steps.ipynb #40c025ff
 class _Words(NamedTuple):
     "The words of a text, folded, and where they stand."
     words: list[str]
@@ -383,14 +385,7 @@ class _Words(NamedTuple):
         found = [(m[0].casefold(), m.span()) for m in _TOKEN.finditer(text, start, len(text) if end is None else end)]
         return cls([w for w, _ in found], [s for _, s in found])
 
-def _punctuated(text: str, piece: str, words: list[tuple[int, int]], start: int, end: int, low: int, high: int) -> tuple[int, int]:
-    "A stretch with the punctuation that the piece has before its first and after its last word."
-    head, tail = piece[:words[0][0]].strip(), piece[words[-1][1]:].strip()
-    if head and start - len(head) >= low and text.startswith(head, start - len(head)): start -= len(head)
-    if tail and end + len(tail) <= high and text.startswith(tail, end): end += len(tail)
-    return start, end
-
-# %% ../nbs/04_steps.ipynb #462dfbb0
+# %% ../nbs/04_steps.ipynb #642c6a0e
 _WINDOW = 100_000 # characters of a gap that are read at least
 
 def _runs(own: list[_Words], there: _Words, before: list[int], budget: int) -> list[tuple[int, int, int, float]]:
@@ -405,7 +400,7 @@ def _runs(own: list[_Words], there: _Words, before: list[int], budget: int) -> l
         free = max(free, last + 1)
     return out
 
-# %% ../nbs/04_steps.ipynb #6358265a
+# %% ../nbs/04_steps.ipynb #c394479b
 def _fuzzy(text: str, pieces: list[str], low: int, high: int, open_left: bool, threshold: float, budget: int) -> list[tuple[int, int, float]]:
     "(start, end, score) of the pieces of a gap; start is -1 where the score is below the threshold."
     window = max(_WINDOW, 4 * sum(map(len, pieces)))
@@ -425,12 +420,13 @@ def _fuzzy(text: str, pieces: list[str], low: int, high: int, open_left: bool, t
             low, free = out[-1][1], last + 1
     return out
 
-# %% ../nbs/04_steps.ipynb #827b460b
+# %% ../nbs/04_steps.ipynb #43292977
 def _closer(words: list[str], others: list[str], before: list[int], low: int, high: int, budget: int) -> tuple[int, int, int]:
     "The best run of one piece near a place."
     found, _ = _common(words, others[low:high], budget)
     return _best_run([(k + low, len(w)) for k, w in zip(found, words) if k >= 0], before)
 
+# %% ../nbs/04_steps.ipynb #58421e13
 def _punctuated(text: str, piece: str, own: list[tuple[int, int]], there: _Words, first: int, last: int, low: int, high: int) -> tuple[int, int]:
     "The stretch of a run of words, with the punctuation that the piece has before its first and after its last word."
     start, end = there.spans[first][0], there.spans[last][1]
@@ -440,7 +436,7 @@ def _punctuated(text: str, piece: str, own: list[tuple[int, int]], there: _Words
     if tail and end + len(tail) <= high and text.startswith(tail, end): end += len(tail)
     return start, end
 
-# %% ../nbs/04_steps.ipynb #3715abe0
+# %% ../nbs/04_steps.ipynb #1729f450
 class Match(NamedTuple):
     "Where one piece stands in a text."
     index: int # position among the pieces
@@ -449,7 +445,7 @@ class Match(NamedTuple):
     score: float | None # 1.0: the same but for white space; less: similar; None: nothing to compare
     how: str # found: "exact", "space" (but for white space), "fuzzy"; not: "empty", "order" (it stands elsewhere), "low_score", "missing"
 
-# %% ../nbs/04_steps.ipynb #b7dd54db
+# %% ../nbs/04_steps.ipynb #e0d1c3c4
 def _widen(text: str, pieces: Sequence[str], spans: list[tuple[int, int] | None], start: int, end: int) -> None:
     "Give each match the white space at the ends of its piece, as far as it stands there."
     found = [i for i, s in enumerate(spans) if s]
@@ -461,7 +457,7 @@ def _widen(text: str, pieces: Sequence[str], spans: list[tuple[int, int] | None]
         if tail and b + len(tail) <= high and text.startswith(tail, b): b += len(tail)
         spans[i] = a, b
 
-# %% ../nbs/04_steps.ipynb #4700c0d3
+# %% ../nbs/04_steps.ipynb #055e0d7a
 def align_steps(
     text: str, # the untouched text
     pieces: Iterable[str], # texts of the steps, in order
@@ -483,7 +479,7 @@ def align_steps(
     _widen(text, pieces, spans, low, high)
     return [_match(text, *x) for x in zip(range(len(pieces)), pieces, cores, spans, exact, scores, (c in known for c in cores))]
 
-# %% ../nbs/04_steps.ipynb #e4ab89ee
+# %% ../nbs/04_steps.ipynb #1d099c46
 def _check_pieces(text: str, pieces: Iterable[str], start: int, end: int | None, threshold: float) -> list[str]:
     if not isinstance(text, str): raise TypeError(f"the text must be a str, got {type(text).__name__}")
     if isinstance(pieces, str): raise TypeError("pieces must be a list of texts, not one text")
@@ -493,6 +489,7 @@ def _check_pieces(text: str, pieces: Iterable[str], start: int, end: int | None,
     if not 0 < threshold <= 1: raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
     return pieces
 
+# %% ../nbs/04_steps.ipynb #61cc8278
 def _between(text: str, pieces: list[str], cores: list[str], spans: list, known, low: int, high: int, threshold: float, budget: int) -> list[float | None]:
     "Look in the gaps for pieces that occur nowhere; fills `spans`, returns the scores."
     scores = [None] * len(pieces)
@@ -505,14 +502,14 @@ def _between(text: str, pieces: list[str], cores: list[str], spans: list, known,
             if s >= 0: spans[k] = s, e
     return scores
 
-# %% ../nbs/04_steps.ipynb #6c289bda
+# %% ../nbs/04_steps.ipynb #632b4b5e
 def _match(text: str, index: int, piece: str, core: str, span: tuple | None, exact: bool, score: float | None, known: bool) -> Match:
     "The row of one piece."
     if span is None: return Match(index, None, None, score, "empty" if not core else "order" if known else "low_score" if score else "missing")
     if not exact: return Match(index, *span, score, "fuzzy")
     return Match(index, *span, 1.0, "exact" if text[span[0]:span[1]].strip() == piece.strip() else "space")
 
-# %% ../nbs/04_steps.ipynb #ee37c4ae
+# %% ../nbs/04_steps.ipynb #54bd9408
 def segments(
     response: str, # an untouched response in any dialect
 ) -> dict[str, tuple[int, int] | None]: # `thought` and `solution`: half-open offsets, or None
@@ -525,14 +522,14 @@ def _segments_of(trace: Trace) -> dict[str, tuple[int, int] | None]:
     solution = (answer.start, answer.end) if answer else None if inside else (0, len(trace.text))
     return dict(thought=(inside[0].start, inside[-1].end) if inside else None, solution=solution)
 
-# %% ../nbs/04_steps.ipynb #13ebbee0
+# %% ../nbs/04_steps.ipynb #c1a5d825
 def _segment_at(where: dict, start: int, end: int) -> str:
     "`thought` or `solution`, whichever shares more with a stretch."
     share = lambda part: min(end, part[1]) - max(start, part[0]) if part else -1
     thought, solution = share(where["thought"]), share(where["solution"])
     return "thought" if thought >= max(solution, min(end - start, 1)) else "solution"
 
-# %% ../nbs/04_steps.ipynb #3e4ff32c
+# %% ../nbs/04_steps.ipynb #79cd3402
 DIALECTS["steps"] = Dialect("steps") # its spans are `step`, `marker` and `gap`; sections and answer are asked of `segments`
 
 class StepAnnotation(NamedTuple):
@@ -547,7 +544,7 @@ class StepAnnotation(NamedTuple):
     how: str = "given" # "given": the offsets were there; else how the alignment found it, see `Match`
     tags: tuple[str, ...] = () # all labels, where a step may have several
 
-# %% ../nbs/04_steps.ipynb #a896db2a
+# %% ../nbs/04_steps.ipynb #7bed9f56
 class UnalignedStep(NamedTuple):
     "A step without a place."
     index: int # position in the annotators' list
@@ -559,7 +556,7 @@ class UnalignedStep(NamedTuple):
     why: str # one sentence for people
     score: float | None = None # of the best place, where one was too low
 
-# %% ../nbs/04_steps.ipynb #71ef3d0e
+# %% ../nbs/04_steps.ipynb #a191cffc
 @dataclass(frozen=True, slots=True, repr=False)
 class StepTrace:
     "A response, its annotated steps, and what could not be placed."
@@ -581,7 +578,7 @@ class StepTrace:
 
     def __len__(self) -> int: return len(self.steps)
 
-# %% ../nbs/04_steps.ipynb #7b5eaa2f
+# %% ../nbs/04_steps.ipynb #1f6cfa80
 @patch
 def text_of(self: StepTrace,
     step: StepAnnotation | UnalignedStep, # one of this trace
@@ -599,7 +596,7 @@ def to_dicts(self: StepTrace) -> list[dict]: # keys start, end, category, macro,
     "The steps as plain data."
     return [dict(start=s.span.start, end=s.span.end, category=s.category, macro=s.macro, segment=s.segment) for s in self.steps]
 
-# %% ../nbs/04_steps.ipynb #ca756104
+# %% ../nbs/04_steps.ipynb #b444fe50
 @patch(as_prop=True)
 def coverage(self: StepTrace) -> dict[str, float | None]: # `steps`, `characters`, `thought`, `solution`, each from 0 to 1
     "Which share of the steps was placed, and which share of the characters other than white space is in a step."
@@ -611,7 +608,7 @@ def coverage(self: StepTrace) -> dict[str, float | None]: # `steps`, `characters
         out[name] = sum(cut(s.span.end) - cut(s.span.start) for s in self.steps) / size if size else None
     return dict(steps=len(self.steps) / total if total else None, characters=out.pop("characters"), **out)
 
-# %% ../nbs/04_steps.ipynb #558b152e
+# %% ../nbs/04_steps.ipynb #a69cd8e3
 class _Draft(NamedTuple):
     "A step on its way."
     index: int
@@ -633,7 +630,7 @@ def _tags(value: Any) -> tuple[str, ...]:
     some = value if isinstance(value, (list, tuple)) else [value]
     return tuple(x if isinstance(x, str) else str(x) for x in some if x is not None and x != "") or (_UNLABELLED,)
 
-# %% ../nbs/04_steps.ipynb #1634cfa9
+# %% ../nbs/04_steps.ipynb #b959e84e
 _WHY = dict(order="its text stands elsewhere, but not between its neighbours", low_score="the most similar place is not similar enough", missing="no place has anything in common with it")
 
 def _aligned(
@@ -653,7 +650,7 @@ def _aligned(
         return d._replace(how="empty_step" if m.how == "empty" else "unaligned_step", why=_WHY.get(m.how, ""), score=m.score)
     return [placed(d) for d in drafts]
 
-# %% ../nbs/04_steps.ipynb #9d31e11f
+# %% ../nbs/04_steps.ipynb #214c8739
 def _build(
     text: str, # the response
     drafts: list[_Draft], # in the annotators' order
@@ -681,7 +678,7 @@ def _build(
     spans = _partition(len(text), [s.span for s in steps], [s for s in base.spans if s.kind == "marker"] if markers is None else markers)
     return _covered(Trace(text, spans, (), "steps"), steps, aside, taxonomy, form, notes, least)
 
-# %% ../nbs/04_steps.ipynb #cec8c559
+# %% ../nbs/04_steps.ipynb #512540cb
 def _partition(size: int, steps: list[Span], markers: Iterable[Span]) -> tuple[Span, ...]:
     "Steps, the markers that lie between them, and gaps."
     starts, out, at = [s.start for s in steps], [], 0
@@ -693,7 +690,7 @@ def _partition(size: int, steps: list[Span], markers: Iterable[Span]) -> tuple[S
         at = s.end
     return tuple(out) + ((Span("gap", at, size),) if size > at else ())
 
-# %% ../nbs/04_steps.ipynb #fd043b5f
+# %% ../nbs/04_steps.ipynb #5e5fba32
 def _covered(trace: Trace, steps: list, aside: list, taxonomy: Taxonomy, form: str, notes: list, least: float) -> StepTrace:
     "The finished trace with its issues, coverage among them."
     made = StepTrace(trace, tuple(steps), tuple(aside), taxonomy, form)
@@ -704,7 +701,7 @@ def _covered(trace: Trace, steps: list, aside: list, taxonomy: Taxonomy, form: s
     issues = tuple(Issue.of(*n) for n in sorted(notes, key=lambda n: n[1:3]))
     return StepTrace(Trace._trusted(trace.text, trace.spans, issues, "steps", None), *(getattr(made, f) for f in ("steps", "unaligned", "taxonomy", "form")))
 
-# %% ../nbs/04_steps.ipynb #f031e7a0
+# %% ../nbs/04_steps.ipynb #e725e074
 class Form(NamedTuple):
     "How one form of annotation keeps its steps."
     taxonomy: str # key of `TAXONOMIES`
@@ -729,7 +726,7 @@ def _taxonomy_for(form: str, taxonomy: Taxonomy | str | None) -> Taxonomy:
     if taxonomy is not None: return Taxonomy.of(taxonomy)
     return Taxonomy.of(FORMS[form].taxonomy) | Taxonomy.of(None)
 
-# %% ../nbs/04_steps.ipynb #98cd054a
+# %% ../nbs/04_steps.ipynb #1087b38c
 _END = "end-section"
 _LABEL = re.compile(r'\["([^"\[\]\n]{1,80})"\]')
 
@@ -755,13 +752,13 @@ def parse_inline(
         found.append(("section_unbalanced", opened[2], opened[1]))
     return _build(marked, drafts, taxonomy, "inline", found, markers=markers, least=0)
 
-# %% ../nbs/04_steps.ipynb #ba63dba3
+# %% ../nbs/04_steps.ipynb #2d251887
 def _section(marked: str, index: int, opened: tuple, end: int, complete: bool) -> _Draft:
     label, start, _ = opened
     text, blank = marked[start:end], not marked[start:end].strip()
     return _Draft(index, (label,), text, None if blank else (start, end), "empty_step" if blank else "given", complete=complete)
 
-# %% ../nbs/04_steps.ipynb #9c34a7ed
+# %% ../nbs/04_steps.ipynb #b3e24701
 _SEGMENTS = dict(think="thought", thought="thought", thinking="thought", reasoning="thought", answer="solution", solution="solution")
 
 def _list_drafts(steps: Sequence, form: Form) -> list[_Draft]:
@@ -778,7 +775,7 @@ def _list_drafts(steps: Sequence, form: Form) -> list[_Draft]:
         out.append(_Draft(i, _tags(label), text, segment=_SEGMENTS.get(said.strip().lower()) if isinstance(said, str) else None))
     return out
 
-# %% ../nbs/04_steps.ipynb #26fa1063
+# %% ../nbs/04_steps.ipynb #51fde910
 def _read_list(steps: Sequence, response: str, form: str, taxonomy: Taxonomy, least: float, options: dict) -> StepTrace:
     "Chunks or sentences, aligned."
     return _build(response, _aligned(response, _list_drafts(steps, FORMS[form]), **options), taxonomy, form, least=least)
@@ -792,7 +789,7 @@ def _read_inline(marked: str, response: str | None, taxonomy: Taxonomy, least: f
     lost = [("section_unbalanced", 0, 0, f"At {i.start:,} of the marked text: {i.message}") for i in inline.issues if i.code == "section_unbalanced"]
     return _build(response, _aligned(response, sorted(drafts), **options), taxonomy, "inline", lost, least)
 
-# %% ../nbs/04_steps.ipynb #f4e5dae9
+# %% ../nbs/04_steps.ipynb #886889d8
 def _node_draft(i: int, node: Any, response: str) -> _Draft:
     "A node as a draft; its span is there only if it was verified."
     form = FORMS["nodes"]
@@ -807,7 +804,7 @@ def _node_draft(i: int, node: Any, response: str) -> _Draft:
     if whole and response[a:b] == draft.text: return draft._replace(span=(a, b))
     return draft._replace(why="offset_mismatch" if whole else "offset_range")
 
-# %% ../nbs/04_steps.ipynb #ada85073
+# %% ../nbs/04_steps.ipynb #c89cd046
 def _without_overlap(drafts: list[_Draft]) -> list[_Draft]:
     "As many spans as fit side by side, those that end first; the others are put aside."
     out, at = list(drafts), 0
@@ -816,7 +813,7 @@ def _without_overlap(drafts: list[_Draft]) -> list[_Draft]:
         else: out[d.index] = d._replace(span=None, how="overlapping_step", why=f"offsets {d.span[0]:,} to {d.span[1]:,} overlap a step that was kept", at=d.span)
     return out
 
-# %% ../nbs/04_steps.ipynb #0ff854dd
+# %% ../nbs/04_steps.ipynb #4d429023
 def _read_nodes(nodes: Sequence, response: str, taxonomy: Taxonomy, least: float, options: dict) -> StepTrace:
     "Nodes with offsets: verified, or sought where they are wrong."
     drafts = _without_overlap([_node_draft(i, n, response) for i, n in enumerate(nodes)])
@@ -833,7 +830,7 @@ def _read_nodes(nodes: Sequence, response: str, taxonomy: Taxonomy, least: float
             for d in some: drafts[d.index] = d._replace(how="unaligned_step", why="the steps around it are not in the order of the text")
     return _build(response, _without_overlap(drafts), taxonomy, "nodes", lost, least)
 
-# %% ../nbs/04_steps.ipynb #f7e9e6a9
+# %% ../nbs/04_steps.ipynb #c9ea2773
 _STOP = re.compile(r"""(?<=[.!?…])["'”’)\]*_]{0,4}\s+|(?<=[。！？])["'”’」』)\]*_]{0,4}\s*|\n\s*\n\s*|\n\s*(?=(?:[-*+•]|\d{1,3}[.)])\s)""")
 _ABBREVIATED = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|approx|resp|Eqs?|Figs?|Dr|Mrs?|Ms|Prof)|(?:^|\n)[^\S\n]*\d{1,3})\.$") # or the number of a list item
 
@@ -853,7 +850,7 @@ def split_sentences(
     trimmed = ((b - len(text[a:b].lstrip()), a + len(text[a:b].rstrip())) for a, b in out)
     return [x for x in trimmed if x[0] < x[1]]
 
-# %% ../nbs/04_steps.ipynb #636c49c8
+# %% ../nbs/04_steps.ipynb #cd6ebcaa
 def _own_drafts(text: str) -> tuple[str, list[_Draft]]:
     "Blocks and mementos of a text, or, where it has none, its sentences; and which of the two."
     trace = parse(text)
@@ -864,7 +861,7 @@ def _own_drafts(text: str) -> tuple[str, list[_Draft]]:
     bodies = [s for s in trace.spans if s.kind not in ("marker", "id", "rating")]
     return "text", [_Draft(i, ("sentence",), "", x) for i, x in enumerate(x for s in bodies for x in split_sentences(text, s.start, s.end))]
 
-# %% ../nbs/04_steps.ipynb #a6919f84
+# %% ../nbs/04_steps.ipynb #6cc92a9b
 def check_steps(
     steps: Any, # list of objects with start, end, category, macro; or an object of four lists, as older versions of datasets give it
     size: int, # code points of the response
@@ -884,7 +881,7 @@ def check_steps(
         at = s["end"]
     return list(steps)
 
-# %% ../nbs/04_steps.ipynb #a6ee3962
+# %% ../nbs/04_steps.ipynb #5854a005
 def _of_lists(steps: Mapping, where: str) -> list[dict]:
     "An object of lists as a list of objects."
     if not all(isinstance(v, (list, tuple)) for v in steps.values()) or len({len(v) for v in steps.values()}) > 1: raise ValueError(f"{where}: steps is an object, but not one of lists of the same length")
@@ -895,7 +892,7 @@ def _read_column(steps: Any, response: str, taxonomy: Taxonomy, keep: bool) -> S
     drafts = [_Draft(i, (s["category"],), "", (s["start"], s["end"]), macro=s["macro"] if keep else None) for i, s in enumerate(check_steps(steps, len(response)))]
     return _build(response, drafts, taxonomy, "steps", least=0)
 
-# %% ../nbs/04_steps.ipynb #62fe5356
+# %% ../nbs/04_steps.ipynb #2ba4b805
 def parse_steps(
     source: str | Sequence | Mapping, # a marked text or a response, a list of chunks, sentences or nodes, or a row
     response: str | None = None, # the untouched response; None: it is in the row, or the source is itself the text
@@ -916,7 +913,7 @@ def parse_steps(
     found, drafts = _own_drafts(steps) if form == "text" else ("memento", _memento_drafts(steps))
     return _build(steps, drafts, _taxonomy_for(found, taxonomy), found, least=0)
 
-# %% ../nbs/04_steps.ipynb #7fed0bb6
+# %% ../nbs/04_steps.ipynb #943134d6
 def _detect(source: Any) -> str:
     "The form of an annotation, by its looks."
     if isinstance(source, str): return "inline" if any(normalise_label(m[1]) == _END for m in _LABEL.finditer(source)) else "text"
@@ -929,13 +926,14 @@ def _detect(source: Any) -> str:
     if found is None: raise ValueError(f"no form of annotation is recognised; name one of {', '.join(FORMS)} in form=")
     return found
 
-# %% ../nbs/04_steps.ipynb #89519bdf
+# %% ../nbs/04_steps.ipynb #4b1e885a
 def _may_be(form: str, value: Any) -> bool:
     "Whether a value of a row can be an annotation of a form."
     if form == "inline": return isinstance(value, str)
     if form == "steps" and isinstance(value, Mapping): return True
     return isinstance(value, (list, tuple)) and (form == "nodes" or not value or any(isinstance(x, Mapping) for x in value))
 
+# %% ../nbs/04_steps.ipynb #9aa2ff65
 def _what(source: Any, response: str | None, form: str | None) -> tuple[str, Any, str | None]:
     "(form, annotation, response) of a source; errors for what cannot be one."
     if not isinstance(source, (str, list, tuple, Mapping)): raise TypeError(f"steps are read from a text, a list or a row, got {type(source).__name__}")
@@ -953,12 +951,13 @@ def _what(source: Any, response: str | None, form: str | None) -> tuple[str, Any
     if response is not None and not isinstance(response, str): raise TypeError(f"the response must be a str, got {type(response).__name__}")
     return form, source, response
 
+# %% ../nbs/04_steps.ipynb #ce27a877
 def _memento_drafts(text: str) -> list[_Draft]:
     "Blocks and mementos only."
     form, drafts = _own_drafts(text)
     return drafts if form == "memento" else []
 
-# %% ../nbs/04_steps.ipynb #60d9de9b
+# %% ../nbs/04_steps.ipynb #51a6fea4
 def read_steps(
     rows: Iterable, # rows, marked texts or pairs (annotation, response)
     **options, # those of `parse_steps`
@@ -970,7 +969,7 @@ def read_steps(
         except (TypeError, ValueError) as e: unread.append(Unreadable(f"row {i}", "bad_column", str(e)))
     return traces, unread
 
-# %% ../nbs/04_steps.ipynb #a3a86d52
+# %% ../nbs/04_steps.ipynb #3ec79d8d
 def row_steps(
     row: Mapping, # a row with a response and perhaps a column `steps`
     text: str = "response", # key of the response
@@ -984,12 +983,12 @@ def row_steps(
     where = segments(response)
     return [dict(start=a, end=b, category=c, macro=m, segment=_segment_at(where, a, b)) for a, b, c, m in found]
 
-# %% ../nbs/04_steps.ipynb #773bc8a2
+# %% ../nbs/04_steps.ipynb #90a26303
 STEP_TYPE = pa.struct([("start", pa.int64()), ("end", pa.int64()), ("category", pa.string()), ("macro", pa.string())]) # an entry of the column `steps` in Arrow
 STEP_COLUMNS = tuple(STEP_TYPE.names) # its keys
 
 def steps_features(): # a feature of datasets, for `Features(response=Value("string"), steps=steps_features())`
-    "The type of the column `steps`: list<struct<start, end, category, macro>>."
+    "The type of the column `steps`: `list<struct<start, end, category, macro>>`."
     from datasets.features.features import generate_from_arrow_type
     return generate_from_arrow_type(pa.list_(STEP_TYPE))
 
@@ -1000,7 +999,7 @@ def to_row(self: StepTrace,
     "The response and its steps as a row of a data set."
     return dict(**columns, response=self.text, steps=[{k: s[k] for k in STEP_COLUMNS} for s in self.to_dicts()])
 
-# %% ../nbs/04_steps.ipynb #de4bc443
+# %% ../nbs/04_steps.ipynb #ebc585de
 @patch
 def to_inline(self: StepTrace,
     macro: bool = False, # write macro labels instead of categories
@@ -1017,7 +1016,7 @@ def to_inline(self: StepTrace,
     if not same or self.form != "inline" and back.text != self.text: raise ValueError("the marked text would not be read back as it is; does the response or a label hold brackets of its own, or is a step empty?")
     return marked
 
-# %% ../nbs/04_steps.ipynb #5fffa62d
+# %% ../nbs/04_steps.ipynb #2ed55020
 def unmark(
     marked: StepTrace, # what `parse_inline` read
 ) -> StepTrace: # of the text that is left, with the same steps
@@ -1031,7 +1030,7 @@ def unmark(
         at += span.size
     return _build("".join(parts), drafts, marked.taxonomy, "inline", least=0)
 
-# %% ../nbs/04_steps.ipynb #db02677a
+# %% ../nbs/04_steps.ipynb #5277b693
 _GROUNDS = dict(Read="#DCE6F2", Analyze="#CFE8F7", Plan="#FBE5C0", Implement="#CDEBDD", Explore="#F6D5E8", Verify="#FBD3BE", Monitor="#FAF3B0", Answer="#D5D5D5", block="#CFE8F7", memento="#FBE5C0", sentence="#E6E6E6")
 _GROUND = "#EEE4FA" # of macro labels that have none
 
@@ -1041,7 +1040,7 @@ def counts(self: StepTrace) -> dict[str, int]: # macro label -> steps, the most 
     found = [s.macro for s in self.steps]
     return {m: found.count(m) for m in sorted(set(found), key=lambda m: (-found.count(m), m))}
 
-# %% ../nbs/04_steps.ipynb #2dacc95f
+# %% ../nbs/04_steps.ipynb #399c0624
 @patch
 def __repr__(self: StepTrace) -> str:
     labels = ", ".join(f"{visible(m)} {n:,}" for m, n in list(self.counts.items())[:8])
@@ -1055,7 +1054,7 @@ def _pieces(self: StepTrace, limit: int) -> Iterator[tuple[str, StepAnnotation |
         if span.start >= limit: return
         yield visible(self.text[span.start:min(span.end, limit)]), step_of.get(span)
 
-# %% ../nbs/04_steps.ipynb #d4c23ce5
+# %% ../nbs/04_steps.ipynb #7b7c280c
 @patch
 def _repr_html_(self: StepTrace, limit: int = 20_000) -> str:
     out = [f"<p><b>{escape(repr(self)[:9])}</b> · {escape(repr(self)[10:-1])} · {escape(visible(self.taxonomy.name))}</p>"]
@@ -1069,7 +1068,7 @@ def _repr_html_(self: StepTrace, limit: int = 20_000) -> str:
         out.append(escape(text) if s is None else f'<span title="{title}" {ground(s.macro)}>{escape(text)}</span>')
     return "".join(out) + "</div>" + (f"<p>{len(self.text) - limit:,} characters more</p>" if len(self.text) > limit else "")
 
-# %% ../nbs/04_steps.ipynb #d0cf7fbc
+# %% ../nbs/04_steps.ipynb #b555fede
 _TERMINAL = dict(Read="blue", Analyze="cyan", Plan="yellow", Implement="green", Explore="magenta", Verify="red", Monitor="bright_yellow", Answer="bold", block="cyan", memento="yellow")
 
 @patch
@@ -1093,7 +1092,7 @@ def show(self: StepTrace,
     from rich.console import Console
     (console or Console()).print(self.to_rich(**options))
 
-# %% ../nbs/04_steps.ipynb #3d373f6f
+# %% ../nbs/04_steps.ipynb #d20ce12c
 def plot_steps(
     traces: Sequence[StepTrace], # any number of them
     bins: int = 20, # stretches of equal length into which each response is cut
