@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from oracle_steps import best_total, places, plain_segments, read_inline, squeeze, squeezed_offsets
 from tracebook.steps import (
-    DEFAULT_TAXONOMY, FORMS, STEP_COLUMNS, TAXONOMIES, Match, StepTrace, Taxonomy, align_steps, check_steps,
+    DEFAULT_TAXONOMY, FORMS, STEP_KEYS, TAXONOMIES, Match, StepTrace, Taxonomy, align_steps, check_steps,
     normalise_label, parse_inline, parse_steps, plot_steps, read_steps, row_steps, segments, split_sentences,
     steps_features, unmark,
 )  # fmt: skip
@@ -624,9 +624,9 @@ def test_row_steps_of_memento():
 def test_row_steps_keeps_the_column():
     steps = [dict(start=8, end=20, category="odd one", macro="m1"), dict(start=20, end=30, category="Odd One", macro="m2")]
     found = row_steps(dict(answer=RESPONSE, steps=steps), text="answer")
-    assert [{k: s[k] for k in STEP_COLUMNS} for s in found] == steps and all(s["segment"] == "thought" for s in found)
+    assert [{k: s[k] for k in STEP_KEYS} for s in found] == steps and all(s["segment"] == "thought" for s in found)
     assert parse_steps(dict(response=RESPONSE, steps=steps)).to_dicts() == found
-    assert row_steps(dict(response=RESPONSE, steps={k: [s[k] for s in steps] for k in STEP_COLUMNS})) == found
+    assert row_steps(dict(response=RESPONSE, steps={k: [s[k] for s in steps] for k in STEP_KEYS})) == found
     assert row_steps(dict(response=RESPONSE, steps=[])) == []
     assert row_steps(dict(response=RESPONSE, steps=None))[0]["category"] == "sentence"
 
