@@ -32,9 +32,11 @@ only white space or digits make them differ from the grammar.
 By the letter, and therefore demanded: a type tag after a space is text (`type_in_text`); an unclosed thought goes up to
 the next header or rating, white space included; such a node has `missing_rating` too if none follows; `missing_root`
 means that no node has the father -1, `multiple_roots` that several have, whatever other nodes have no parent; ids are
-`-?[0-9]+`, so `+1`, `1_0` and the empty id are `bad_id`.
+`-?[0-9]+`, so `+1`, `1_0` and the empty id are `bad_id`; a thought without a type that begins with `<word>`, at most two
+edits from a type, has `unknown_type_tag`.
 """
 
+import functools
 import itertools
 import re
 from typing import NamedTuple
@@ -51,7 +53,8 @@ MISSPELLED = "<unknow_rating>"
 
 NODE_CODES = frozenset(
     "doubled_header duplicate_id forward_father orphan_father self_father bad_id rating_misspelled rating_word bad_rating "
-    "missing_rating root_rated missing_thought_end empty_thought type_repeated type_in_text hint_between_nodes".split()
+    "missing_rating root_rated missing_thought_end empty_thought type_repeated type_in_text hint_between_nodes "
+    "unknown_type_tag".split()
 )
 TREE_CODES = frozenset("tuple_root missing_root multiple_roots left_truncated".split())
 FILE_CODES = frozenset("json_truncated empty_file".split())
@@ -192,6 +195,20 @@ def follows_grammar(text):
 # ---------------------------------------------------------------------------------------------------- one node
 
 
+@functools.cache
+def edits(a, b):
+    "Least number of letters to put in, leave out or change."
+    if not a or not b:
+        return len(a) + len(b)
+    return min(edits(a[1:], b) + 1, edits(a, b[1:]) + 1, edits(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def near_tag(text):
+    "The tag that a thought begins with and that is nearly one of a type; None if there is none."
+    word = re.match(r"<([^\W\d_]\w*)>", text)
+    return word[0] if word and len(word[1]) < 20 and any(edits(word[1], kind[1:-1]) <= 2 for kind in TYPES) else None
+
+
 def read_node(cursor, index, needs, allowed, tuple_open):
     "Read the node whose header is here; returns (start, local_id, parent_id, type, texts, rating, hints, complete, rated)."
     start = cursor.offset()
@@ -257,6 +274,8 @@ def read_node(cursor, index, needs, allowed, tuple_open):
             break
     end = cursor.offset()
     texts = tuple(cursor.text[a:end] for a in texts_from)
+    if not typed and (word := near_tag(texts[0])):
+        need("unknown_type_tag", opening, opening + len(word))
     closed = cursor.token() == T_END
     if not closed and not (cursor.token() in ("", R) or cursor.header()):
         raise Undecided("a token that no thought may hold")

@@ -664,7 +664,14 @@ def test_gae_on_a_deep_tree():
 
 def test_targets_are_probabilities():
     for seed in range(10):
-        for x in collect_experience(search(problem="root", simulations=40, patience=None, **endless(seed)[2])): assert -1e-9 <= x.value_target <= 1 + 1e-9
+        for x in collect_experience(search(problem="root", simulations=40, patience=None, **endless(seed)[2])): assert 0 <= x.value_target <= 1
+
+
+def test_targets_are_probabilities_in_spite_of_rounding():
+    tree = line([.5, .1])
+    for said in "abc": tree.add(1, said, value=-1).info["leaf_type"] = "failed"
+    assert .1 + (-.1 - .1 - .1) / 3 < 0
+    assert collect_experience(tree, 1, 1)[0].value_target == 0
 
 
 def test_experience_to_dataset(tok, qwen):

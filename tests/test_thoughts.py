@@ -4,21 +4,26 @@ The tests know the format (`oracle_thoughts.py`, where it is also written down w
 """
 
 import itertools
+import gzip
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from oracle_thoughts import (
     F, F_END, FATHER_CODES, FILE_CODES, HINT, HINT_END, L, L_END, MISSPELLED, NODE_CODES, PUBLISHED, R, R_END, RATINGS,
-    T, T_END, TOKENS, TREE_CODES, TYPES, follows_grammar, pieces_of, reference_read, resolve,
+    T, T_END, TOKENS, TREE_CODES, TYPES, follows_grammar, near_tag, pieces_of, reference_read, resolve,
 )  # fmt: skip
+from tracebook import thoughts
 from tracebook.thoughts import (
     THOUGHT_TOKENS, ThoughtNode, ThoughtStream, ThoughtTree, parse_thought_ids, parse_thoughts, rating_to_value,
     read_trees, value_to_rating_token,
@@ -82,7 +87,7 @@ def token_free(text):
 plain_texts = st.one_of(
     st.lists(st.sampled_from(PLAIN), max_size=5).map("".join), st.text(st.characters(codec="utf-8"), max_size=12)
 ).filter(token_free)
-full_texts = plain_texts.filter(lambda text: text.strip())
+full_texts = plain_texts.filter(lambda text: text.strip() and not near_tag(text))
 seps = st.sampled_from((" ", "\n"))
 
 
@@ -131,7 +136,7 @@ RATED = (*RATINGS, *RATINGS, MISSPELLED, "True", "False", "None", "", "true", "g
 
 FLAWS = (
     "father", "father", "local", "local", "both ids", "doubled", "doubled twice closed", "two tags", "tag in text", "empty", "unclosed",
-    "odd rating", "odd rating", "no rating", "hint", "late hint", "loose text",
+    "odd rating", "odd rating", "no rating", "hint", "late hint", "loose text", "near tag",
 )  # fmt: skip
 
 
@@ -152,6 +157,8 @@ def flawed_texts(draw):
             parts.append(T + header(father, local))
         tags = draw(st.sampled_from((CRITIC * 2, REFINE * 3, CRITIC + REFINE) if "two tags" in flaws else (PROBLEM, "", "", "", CRITIC)))
         text = draw(st.one_of(plain_texts, st.just(""))) if "empty" in flaws else draw(full_texts)
+        if "near tag" in flaws:
+            text = draw(st.sampled_from(("<ritic>", "<Critic>", "<critics>", "<reine>", "<refi\u00f1e>", "<conclsion>", "<b>", "<cri-tic>"))) + text
         if "tag in text" in flaws:
             text += draw(st.sampled_from(TYPES)) + draw(plain_texts)
         end = "" if "unclosed" in flaws else T_END * 2 if k == 0 and "doubled twice closed" in flaws else T_END
@@ -426,11 +433,45 @@ def test_only_texts_are_read(value):
 
 def test_calculator_marks_and_angle_brackets():
     marks = "2 < 3 > 1, <<2*66=132>>132, <b>bold</b>, a<<b>>c, <start_of_thought, <end_of_thoughts>, <Critic>, </critic>"
-    for text in (marks, "<<2*66=132>>", "<", "<<", "<<" + "x" * 50, " <\n> ", "<problems>"):
+    for text in (marks, "<<2*66=132>>", "<", "<<", "<<" + "x" * 50, " <\n> ", "<thinking>"):
         tree = expect(ROOT + " " + node(0, 1, text))
         assert tree.nodes[1].text == text and tree.nodes[1].type == "expansion"
         tree = expect(ROOT + "\n" + node(0, 1, text, CRITIC))
         assert tree.nodes[1].text == text and tree.nodes[1].type == "critic"
+
+
+@pytest.mark.parametrize("word", ["<ritic>", "<Critic>", "<critics>", "<kritik>", "<problm>", "<refined>", "<con_clusion>", "<expansio>", "<refi\u00f1e>"])
+def test_a_tag_with_a_wrong_letter_is_reported_and_stays_text(word):
+    text = ROOT + " " + node(0, 1, word + " x") + " " + node(0, 2, word + "y", CRITIC) + " " + node(0, 3, "y" + word)
+    tree = check_all(text)
+    assert codes(tree) == ["unknown_type_tag"]
+    assert text[tree.issues[0].start : tree.issues[0].end] == word and tree.nodes[1].span.start < tree.issues[0].start < tree.nodes[1].span.end
+    assert (tree.nodes[1].type, tree.nodes[1].text) == ("expansion", word + " x")
+
+
+@pytest.mark.parametrize("word", ["<b>", "<think>", "<answer>", "<ritic", "<ri tic>", "<cic>", "<critic-x>", "<3ritic>", "< critic>", "<" + "critic" * 9 + ">"])
+def test_words_that_are_far_from_types_are_text(word):
+    assert codes(check_all(ROOT + " " + node(0, 1, word))) == []
+
+
+def carefully(text, parts=False):
+    "By the careful reader; parts: without the expression for stretches of usual forms."
+    grammar = thoughts._Grammar()
+    if parts:
+        grammar.usual = re.compile("(?!)")
+    reader = thoughts._Reader(grammar)
+    reader.advance(text, 0, True)
+    return reader.rows, [reader.place(i) for i in range(len(reader.rows))], reader.spans(), sorted(reader.found), reader.hints, reader.open
+
+
+@hard_check
+@given(text=any_texts)
+@example(text=ROOT + header(0, 1) + T + "x" + R + R_END + " " + HINT + "\n" + HINT_END + "\t")
+@example(text=ROOT + header(0, 1) + T + "x" + rated("<critic>") + HINT + T + HINT_END + T_END)
+@example(text=ROOT + header(0, 1) + T + "x" + T_END + HINT + HINT_END + rated())
+@example(text=ROOT + header(0, 1) + T + "<critic>" + T_END + "\n" + rated("None") + header(0, 1) + T + " ")
+def test_usual_stretches_are_read_as_others(text):
+    assert carefully(text) == carefully(text, parts=True)
 
 
 def test_whitespace_belongs_to_the_thought():
@@ -1230,6 +1271,43 @@ def test_read_what_is_not_utf8(tmp_path, name):
     assert len(issues) >= 1 and all(issue.code in CODES for issue in issues)
     if name == "a.jsonl":
         assert [tree.trace.text for tree in trees].count(EXAMPLE) == 2
+
+
+def packed(path, *rows):
+    "Rows in a file of the kind that its name says."
+    if path.suffix == ".gz":
+        document = json.dumps([{"text": r} for r in rows]) if ".json." in path.name else rows_of(*rows)
+        return write(path, gzip.compress(document.encode()))
+    table = pa.table({"n": range(len(rows)), "text": pa.array(rows, pa.string())})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    return path
+
+
+PACKED = ("a.jsonl.gz", "a.ndjson.gz", "a.json.gz", "a.parquet", "a.arrow")
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_read_what_is_packed(tmp_path, name):
+    path = packed(tmp_path / name, EXAMPLE, None, ROOT)
+    for where in (path, tmp_path):
+        trees, issues = read_trees(where)
+        assert [t.text for t in trees] == [EXAMPLE, ROOT]
+        assert [i.code for i in issues] == ["no_response"] and "empty (null)" in issues[0].reason and issues[0].where.startswith(name)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("cut", [3, 0.5, -3])
+def test_read_what_is_packed_and_broken(tmp_path, name, cut):
+    data = packed(tmp_path / name, EXAMPLE, ROOT).read_bytes()
+    trees, issues = read_trees(write(tmp_path / name, data[: int(cut * len(data)) if cut == 0.5 else cut]))
+    assert [t.text for t in trees] == [EXAMPLE, ROOT][: len(trees)]
+    assert issues and {i.code for i in issues} <= {"damaged_file", "json_truncated"}
+    trees, issues = read_trees(write(tmp_path / name, b"nothing of the kind"))
+    assert list(trees) == [] and [i.code for i in issues] == ["damaged_file"]
 
 
 def test_read_a_folder(tmp_path):

@@ -18,7 +18,7 @@ from tracebook.thoughts import THOUGHT_TOKENS, THOUGHT_TYPES, ThoughtTree, parse
 
 check = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 RATINGS = ("positive", "negative", "unknown", "none")
-PIECES = [*THOUGHT_TOKENS, "<expansion>", "<hint>", "</hint>", "<unknow_rating>", "True", " ", "\n", "\t", "\u2028", "<", "</", "<p", "<s", "é", "x", "-", "0", "1", "2", "7", "\x00", "٣"]
+PIECES = [*THOUGHT_TOKENS, "<expansion>", "<hint>", "</hint>", "<unknow_rating>", "True", " ", "\n", "\t", "\u2028", "<", "</", "<p", "<s", "é", "x", "-", "0", "1", "2", "7", "\x00", "٣", "<ritic>", "<xproblem>"]
 MADE = [*make_trees(12, seed=5)["text"], *make_trees(6, seed=6, nodes=3, sep="\n")["text"], *make_trees(3, seed=7, nodes=1)["text"], *sample_traces("thoughts")["text"][:3]]
 
 
@@ -86,7 +86,7 @@ def numbered(draw):
     ids = draw(st.lists(st.one_of(st.integers(0, 6), st.integers(0, 10**19)), min_size=1, max_size=9))
     fathers = [-1, *(draw(st.one_of(st.sampled_from(ids), st.integers(-1, 7))) for _ in ids[1:])]
     kinds = [draw(st.sampled_from(["", *(f"<{t}>" for t in THOUGHT_TYPES)])) for _ in ids]
-    texts = [draw(st.sampled_from(["x", "é", "3 < 4", "<<2*3=6>>6", "a <b>", "", " "])) for _ in ids]
+    texts = [draw(st.sampled_from(["x", "é", "3 < 4", "<<2*3=6>>6", "a <b>", "", " ", "<kritic>", "<b>a", "<école>"])) for _ in ids]
     return draw(st.sampled_from([" ", "\n", "", " \n"])).join(node(f, i, k + t, None if n == 0 else draw(st.sampled_from(RATINGS[:3]))) for n, (f, i, k, t) in enumerate(zip(fathers, ids, kinds, texts)))
 
 
@@ -130,7 +130,7 @@ def test_angles_in_thoughts_stay_with_the_bytes(text):
     assert measured([tree]) == [oracle(tree)]
 
 
-@pytest.mark.parametrize("text", ["<critic> <refine>", "a <critic>", "<hint>a</hint>", "<unknow_rating>", "<start_of_thought>", "<p>"])
+@pytest.mark.parametrize("text", ["<critic> <refine>", "a <critic>", "<hint>a</hint>", "<unknow_rating>", "<start_of_thought>", "<p>", "<kritic>", "<b>a", "<École>"])
 def test_what_is_out_of_the_ordinary_goes_to_the_reader(text):
     tree = ROOT + node(0, 1, text)
     assert len(_regular_forest(pa.array([tree])).rows) == 0

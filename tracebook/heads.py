@@ -1021,7 +1021,7 @@ class Experience(NamedTuple):
 def _target(node: ThoughtNode, advantages: Mapping[int, float]) -> float: # probability
     "What the value of a node should have said."
     if _graded(node): return float(node.info["leaf_type"] == "successful")
-    return _worth(node) + _later(node, advantages)
+    return min(max(_worth(node) + _later(node, advantages), 0.), 1.)
 
 def collect_experience(
     tree: ThoughtTree, # of `search`

@@ -805,13 +805,13 @@ def plot_all(
     if not any(len(line.get_xdata()) for line in fig.axes[0].lines): return plt.close(fig) # too few blocks for this one
     yield "position", "Along the trace", "The ratio from the beginning of a trace (left) to its end (right): median, and quartiles where there are ten blocks or more.", fig
 
-# %% ../nbs/07a_trees.ipynb #212c1032
+# %% ../nbs/07a_trees.ipynb #d954dad4
 import json
 from html import escape
 from typing import Iterable, Mapping
 
 from .sources import BadRow, Unreadable, _is_text
-from .thoughts import RATING_TOKENS, THOUGHT_TYPES, ThoughtTree, _COLOURS as _RATING_COLOURS, _E, _F, _L, _R, _T, _f, _l, _r, _Regular, _tree_of_row, parse_thoughts
+from .thoughts import RATING_TOKENS, THOUGHT_TYPES, ThoughtTree, _COLOURS as _RATING_COLOURS, _E, _F, _L, _NAMES, _R, _T, _f, _integer, _l, _r, _Regular, _tree_of_row, parse_thoughts
 from .trace import visible
 
 # %% ../nbs/07a_trees.ipynb #05159da0
@@ -909,8 +909,9 @@ _RATING_AT = {None: 3} | {n: i for i, n in enumerate(RATING_TOKENS)} | {n[0]: i 
 def _node_columns(tree: ThoughtTree) -> tuple[list[int], list[int], list[int]]: # kind, rating, said
     "Type, rating and size of each thought."
     rows = tree._rows
-    if isinstance(rows, _Regular) and not tree._values: tags, said, ratings = rows.columns[2:5]
-    else: tags, said, ratings = [n.tag for n in tree], [len(n.text) for n in tree], [n.rating for n in tree]
+    if tree._values: tags, said, ratings = [n.tag for n in tree], [len(n.text) for n in tree], [n.rating for n in tree]
+    elif isinstance(rows, _Regular): tags, said, ratings = rows.columns[2:5]
+    else: tags, said, ratings = [r[2] for r in rows], [len(r[3]) for r in rows], [_NAMES.get(r[4].strip()) for r in rows]
     return [_KIND_AT[t] for t in tags], [_RATING_AT[r] for r in ratings], said
 
 # %% ../nbs/07a_trees.ipynb #925d8d7a
@@ -920,7 +921,7 @@ def _forest_of(trees: Mapping[int, ThoughtTree]) -> _Forest:
     kind, rating, said = (ints(chain.from_iterable(c)) for c in zip(*map(_node_columns, trees.values()))) if trees else [ints(())] * 3
     up, own = ints(chain.from_iterable(t._up for t in trees.values())), np.arange(sizes.sum())
     up = np.where(up < 0, own, up + np.repeat(np.cumsum(sizes) - sizes, sizes))
-    roots = ints(sum(n.parent_id == -1 for n in t.roots) for t in trees.values())
+    roots = ints(sum(up < 0 and _integer(t._cell(i, 0)) == -1 for i, up in enumerate(t._up)) for t in trees.values())
     chars = ints(-1 if t.text is None else len(t.text) for t in trees.values())
     return _Forest(ints(trees), sizes, roots, chars, up, kind, rating, said, [[i.code for i in t.issues] for t in trees.values()])
 
@@ -978,7 +979,7 @@ def _read_numbers(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.nd
         value = np.where(inside, 10 * value + digit, value)
     return np.where(good, value, -1)
 
-# %% ../nbs/07a_trees.ipynb #b0da3363
+# %% ../nbs/07a_trees.ipynb #087363fb
 class _Parts(NamedTuple):
     "What the bytes say of each node."
     good: np.ndarray # whether it is in the ordinary layout
@@ -990,6 +991,8 @@ class _Parts(NamedTuple):
     end: np.ndarray # likewise
 
 _INITIALS = np.isin(np.arange(256), [*b"/senpucrh"]) # what may follow "<" in a marker
+_LETTERS = np.arange(256) >= 0x80 # of any script
+_LETTERS[[*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"]] = True
 
 # %% ../nbs/07a_trees.ipynb #d7c3a35f
 def _read_tags(h: _Headers, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1036,7 +1039,7 @@ def _plain_thoughts(h: _Headers, data: np.ndarray, start: np.ndarray, count: np.
     after = data[np.minimum(place + 1, len(data) - 1)]
     return np.bincount(of[_INITIALS[after]], minlength=len(start)) == 0
 
-# %% ../nbs/07a_trees.ipynb #718d44b0
+# %% ../nbs/07a_trees.ipynb #c3b4e22d
 def _read_parts(h: _Headers, data: np.ndarray, rows: np.ndarray) -> _Parts:
     "All nodes of a batch; nothing of one that is not good may be used."
     start, middle, last = h.place(h.at), h.place(h.at + 1), h.place(h.at + 3)
@@ -1048,7 +1051,8 @@ def _read_parts(h: _Headers, data: np.ndarray, rows: np.ndarray) -> _Parts:
     kind, tag = _read_tags(h, begin)
     rating, places, size = _read_ends(h)
     end, inner = h.place(h.stop - places), h.at + 5 + (tag > 0)
-    good &= np.where(first, minus, father >= 0) & (local >= 0) & (size > 0) & (end >= begin + tag) & (h.stop - places >= inner)
+    word = (tag == 0) & (begin < end) & (h.place(inner) == begin) & _LETTERS[data[np.minimum(begin + 1, len(data) - 1)]] # such as `<ritic>`
+    good &= ~word & np.where(first, minus, father >= 0) & (local >= 0) & (size > 0) & (end >= begin + tag) & (h.stop - places >= inner)
     good &= _only_gaps(data, end + size, h.end) & _plain_thoughts(h, data, inner, h.stop - places - inner)
     return _Parts(good, father, local, kind, rating, begin + tag, end)
 
