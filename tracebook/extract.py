@@ -170,11 +170,11 @@ def _joined(prompt: str, response: str) -> str: # the prompt, perhaps shorter
     opener = next((m for m in sorted({d.think[0] for d in DIALECTS.values() if d.think}) if bare.endswith(m) and head.startswith(m)), None)
     return bare[:-len(opener)] if opener else prompt
 
-# %% ../nbs/13_extract.ipynb #4006bbb8
+# %% ../nbs/13_extract.ipynb #eb27f6a2
 def _prompt(tokenizer: Any, row: Mapping, chat: bool | Mapping) -> str: # without a problem: what the tokenizer begins a text with
     "What is fed before the response."
-    problem, begin = row.get("problem"), tokenizer.bos_token if getattr(tokenizer, "bos_token_id", None) in (tokenizer("")["input_ids"] or [None])[:1] else ""
-    if chat is False or problem is None: return begin
+    problem, bos = row.get("problem"), getattr(tokenizer, "bos_token_id", None)
+    if chat is False or problem is None: return tokenizer.bos_token if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ""
     if not isinstance(problem, str): raise ValueError(f"the problem is {type(problem).__name__}, expected a text")
     return _joined(tokenizer.apply_chat_template([dict(role="user", content=problem)], tokenize=False, add_generation_prompt=True, **(chat if isinstance(chat, Mapping) else {})), row["response"])
 
@@ -812,13 +812,14 @@ def said(self: _Run, e: BaseException) -> BaseException:
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT): return OSError(e.errno, f"{e.strerror}: the disk is full. Finished shards are valid and stay; the same call goes on from there")
     return e
 
-# %% ../nbs/13_extract.ipynb #dc94adce
+# %% ../nbs/13_extract.ipynb #55500759
 def _weights_hash(model: Any) -> str: # 16 hexadecimal digits
-    "A fingerprint of a model: names, shapes and types of all weights, and up to 64 numbers of each."
+    "A fingerprint of a model: of every weight its name, shape and type, the sum of its bits as whole numbers, and 64 numbers."
     digest = hashlib.sha256()
     for name, w in model.state_dict().items():
-        digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
-        if w.numel(): digest.update(w.detach().flatten()[::max(1, w.numel() // 64)][:64].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        bits = w.detach().contiguous().flatten().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()])
+        some = bits[::max(1, bits.numel() // 64)][:64].tolist()
+        digest.update(f"{name} {tuple(w.shape)} {w.dtype} {int(bits.sum(dtype=torch.int64))} {some}".encode())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/13_extract.ipynb #6c0f7a21
