@@ -321,12 +321,11 @@ def test_no_rows_and_empty_ones(tmp_path, llama):
 
 
 def test_hostile_words_are_data(tmp_path, llama):
-    word = "../\x1b[31m\"<script>\ud83d\u202e"
+    word = "../\x1b[31m\"<script>\u202e"
     rows = [dict(id="../../etc", response="a b", steps=[dict(start=0, end=1, category=word, macro=word)])]
-    if not all(ord(c) < 0xD800 or ord(c) > 0xDFFF for c in word): rows[0]["steps"][0].update(category=word.replace("\ud83d", ""), macro=word.replace("\ud83d", ""))
     run(llama, rows, tmp_path)
     assert (tmp_path/"index.json").read_bytes().isascii()
-    assert read(tmp_path, "index")["samples"][0]["steps"][0]["category"].startswith("../\x1b")
+    assert read(tmp_path, "index")["samples"][0]["steps"][0]["category"] == word
     assert {p.parent for p in tmp_path.rglob("*")} == {tmp_path}
 
 
@@ -525,11 +524,6 @@ def test_killed_at_any_moment(tmp_path, n):
 
 # what goes wrong
 
-class Small(LlamaForCausalLM):
-    "A model that has no room for more than so many tokens."
-    most = 150
-
-
 def narrow(most):
     model = make("llama")
     forward = model.model.forward
@@ -582,7 +576,9 @@ def poisoned(word, value):
 def test_numbers_that_are_none(tmp_path, llama, value, dtype, says):
     rows = [dict(id=f"s{i}", response="1 + 1 = 2. " * 20 + ("£" if i == 2 else "")) for i in range(4)]
     model = poisoned("£", value)
-    if says is None: return run(model, rows, tmp_path, dtype=dtype, max_tokens_per_batch=60)
+    if says is None:
+        assert run(model, rows, tmp_path, dtype=dtype, max_tokens_per_batch=60).complete
+        return
     at = TOK.encode(rows[2]["response"]).index(TOK.encode("£")[0])
     with pytest.raises(BadStates, match=f"id 's2', row 2.*, token {at} of the response, layer_2.*{says}"): run(model, rows, tmp_path, dtype=dtype, shard_size=12000, max_tokens_per_batch=30)
     assert not read(tmp_path, "config")["complete"] and not list(tmp_path.glob(".*.tmp")) and not (tmp_path/"index.json").exists()
@@ -623,9 +619,7 @@ def test_a_model_whose_batches_are_wrong(tmp_path):
 
 def test_models_that_are_none(tmp_path):
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
-    for model, says in ((t5, "no decoder"), (LlamaForCausalLM(LlamaConfig(**SHAPE)), None)):
-        if says:
-            with pytest.raises(ValueError, match=says): run(model, ROWS, tmp_path)
+    with pytest.raises(ValueError, match="no decoder"): run(t5, ROWS, tmp_path)
     with pytest.raises(ValueError, match="cannot load the model 'no/such-model'"): extract_hidden_states("no/such-model", ROWS, tmp_path, tokenizer=TOK, **QUIET)
 
 

@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tracebook.extract._entries': ('extract.html#_entries', 'tracebook/extract.py'),
                                    'tracebook.extract._entry': ('extract.html#_entry', 'tracebook/extract.py'),
                                    'tracebook.extract._execute': ('extract.html#_execute', 'tracebook/extract.py'),
+                                   'tracebook.extract._extract': ('extract.html#_extract', 'tracebook/extract.py'),
                                    'tracebook.extract._feed': ('extract.html#_feed', 'tracebook/extract.py'),
                                    'tracebook.extract._first': ('extract.html#_first', 'tracebook/extract.py'),
                                    'tracebook.extract._flat': ('extract.html#_flat', 'tracebook/extract.py'),

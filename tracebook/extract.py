@@ -84,7 +84,7 @@ PUBLISHED_MODELS = {name.lower().partition("/")[2]: name for name in ("allenai/O
 
 def _hub_name(name: str | Path) -> str: return PUBLISHED_MODELS.get(str(name), str(name))
 
-# %% ../nbs/13_extract.ipynb #f2df7442
+# %% ../nbs/13_extract.ipynb #1e156715
 _TOY = Path(str(files("tracebook"))) / "toy_model"
 
 def _model_name(model: Any) -> str:
@@ -93,11 +93,12 @@ def _model_name(model: Any) -> str:
     if Path(name) == _TOY: return "tracebook toy"
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
+# %% ../nbs/13_extract.ipynb #d8d7e34c
 def _folder_name(model: str) -> str: # such as "olmo-3-7b-think"
     "The folder of a model in the published tree: the last part of its name in small letters."
     return re.sub(r"[^a-z0-9._-]+", "-", model.rpartition("/")[2].lower()).strip("-.") or "model"
 
-# %% ../nbs/13_extract.ipynb #80060d12
+# %% ../nbs/13_extract.ipynb #79e59cc9
 class _Stack(NamedTuple):
     "The decoder of a model, and where its parts are."
     base: Any # the module that goes from tokens to states
@@ -113,7 +114,7 @@ class _Stack(NamedTuple):
     @property
     def device(self) -> torch.device: return self.embedding.device
 
-# %% ../nbs/13_extract.ipynb #503cbfdb
+# %% ../nbs/13_extract.ipynb #2864b9f8
 def _stack(model: Any) -> _Stack:
     "The decoder of a model; ValueError for a model that is none, or is built unlike all that we know."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model # inside of an adapter of peft
@@ -124,12 +125,13 @@ def _stack(model: Any) -> _Stack:
     if blocks is None: raise ValueError(f"{type(base).__name__} has no list of {n} decoder blocks under a name that we know (layers, h, blocks)")
     return _Stack(base, blocks, next((m for m in ("norm", "final_layernorm", "final_layer_norm", "ln_f") if isinstance(getattr(base, m, None), nn.Module)), None))
 
-# %% ../nbs/13_extract.ipynb #10a9ddd4
+# %% ../nbs/13_extract.ipynb #2d13dd09
 def _shorten(stack: _Stack, targets: Sequence[Target]) -> None:
     "Let go of the blocks that no target needs."
     depth = max(-1 if t.layer is None else t.layer for t in targets) + 1
     setattr(stack.base, stack.blocks, nn.ModuleList(list(stack.layers)[:depth]))
 
+# %% ../nbs/13_extract.ipynb #8f595360
 @contextmanager
 def _cut(stack: _Stack, targets: Sequence[Target]) -> Iterator[None]:
     "Only the blocks that the targets need, inside."
@@ -141,7 +143,7 @@ def _cut(stack: _Stack, targets: Sequence[Target]) -> Iterator[None]:
         setattr(stack.base, stack.blocks, layers)
         if norm is not None: setattr(stack.base, stack.norm, norm)
 
-# %% ../nbs/13_extract.ipynb #0a1f8b23
+# %% ../nbs/13_extract.ipynb #723b175b
 def _first(args: tuple, kwargs: dict) -> torch.Tensor: return args[0] if args else kwargs["hidden_states"]
 
 def _hook(stack: _Stack, target: Target, keep: Callable) -> Any: # a handle
@@ -152,7 +154,7 @@ def _hook(stack: _Stack, target: Target, keep: Callable) -> Any: # a handle
     module = norm if target.stage == "final_norm" else stack.layers[target.layer]
     return module.register_forward_hook(lambda m, args, out: keep(target, out if isinstance(out, torch.Tensor) else out[0]))
 
-# %% ../nbs/13_extract.ipynb #06e170b5
+# %% ../nbs/13_extract.ipynb #2f96bd35
 @contextmanager
 def _hooks(stack: _Stack, targets: Sequence[Target], keep: Callable) -> Iterator[None]:
     "Hooks for all targets, inside."
@@ -163,14 +165,14 @@ def _hooks(stack: _Stack, targets: Sequence[Target], keep: Callable) -> Iterator
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/13_extract.ipynb #c843f87f
+# %% ../nbs/13_extract.ipynb #7199597b
 def _joined(prompt: str, response: str) -> str: # the prompt, perhaps shorter
     "A prompt without the marker at its end that the response begins with."
     bare, head = prompt.rstrip(), response.lstrip()
     opener = next((m for m in sorted({d.think[0] for d in DIALECTS.values() if d.think}) if bare.endswith(m) and head.startswith(m)), None)
     return bare[:-len(opener)] if opener else prompt
 
-# %% ../nbs/13_extract.ipynb #eb27f6a2
+# %% ../nbs/13_extract.ipynb #a7b13c40
 def _prompt(tokenizer: Any, row: Mapping, chat: bool | Mapping) -> str: # without a problem: what the tokenizer begins a text with
     "What is fed before the response."
     problem, bos = row.get("problem"), getattr(tokenizer, "bos_token_id", None)
@@ -178,13 +180,14 @@ def _prompt(tokenizer: Any, row: Mapping, chat: bool | Mapping) -> str: # withou
     if not isinstance(problem, str): raise ValueError(f"the problem is {type(problem).__name__}, expected a text")
     return _joined(tokenizer.apply_chat_template([dict(role="user", content=problem)], tokenize=False, add_generation_prompt=True, **(chat if isinstance(chat, Mapping) else {})), row["response"])
 
-# %% ../nbs/13_extract.ipynb #71812379
+# %% ../nbs/13_extract.ipynb #63aed726
 class _Sample(NamedTuple):
     "A row in tokens."
     row: dict
     prompt: np.ndarray # ids
     tokens: TokenMap # of the response
 
+# %% ../nbs/13_extract.ipynb #837e5421
 def _response_map(tokenizer: Any, row: Mapping) -> TokenMap:
     "The response in tokens: its own, or else the tokenizer's."
     text, ids = row["response"], row.get("response_ids")
@@ -193,20 +196,21 @@ def _response_map(tokenizer: Any, row: Mapping) -> TokenMap:
     starts, ends = (np.array(x, np.int64) for x in _place_by_decoding(tokenizer, text, ids.tolist()))
     return TokenMap(text, ids, np.maximum.accumulate(starts), ends, tokenizer_name(tokenizer))
 
-# %% ../nbs/13_extract.ipynb #3038485b
+# %% ../nbs/13_extract.ipynb #c9e399b4
 def _check_response(row: Any) -> dict:
     "The row; ValueError with the reason if there is nothing to compute."
     if isinstance(row, BadRow): raise row
     if not isinstance(row.get("response"), str): raise ValueError(f"the response is {type(row.get('response')).__name__}, expected a text")
     return row
 
+# %% ../nbs/13_extract.ipynb #ebdc5eb6
 def _try(f: Callable, *args) -> Any: # what it returns, or the error
     try: return f(*args)
     except (ValueError, TypeError, KeyError, OverflowError, TemplateError) as e: return e
 
 def _one_sample(tokenizer: Any, row: dict, prompt: str) -> _Sample: return _Sample(row, tokenize_trace(tokenizer, prompt).ids, _response_map(tokenizer, row))
 
-# %% ../nbs/13_extract.ipynb #c43c56aa
+# %% ../nbs/13_extract.ipynb #0bbd15e4
 def _samples(tokenizer: Any, rows: Sequence[Any], chat: bool | Mapping) -> list[_Sample | Exception]: # one a row
     "Rows in tokens, or what is wrong with them."
     out = [_try(_check_response, r) for r in rows]
@@ -221,10 +225,11 @@ def _samples(tokenizer: Any, rows: Sequence[Any], chat: bool | Mapping) -> list[
     for i, s in zip(good, found): out[i] = s
     return out
 
-# %% ../nbs/13_extract.ipynb #01cfb782
+# %% ../nbs/13_extract.ipynb #4e84e72c
 def _ranges(tokens: TokenMap, spans: Sequence[tuple[int, int]], n: int) -> list[list[int]]: # [start, end) in tokens, no further than n
     return np.minimum(tokens.index(np.array(spans, np.int64).reshape(-1, 2)), n).tolist()
 
+# %% ../nbs/13_extract.ipynb #ce1bb6e3
 def _without_tokens(steps: list[dict], tokens: TokenMap, n: int) -> list[dict]:
     "Steps that have no token, and why; those that lost some to a cut."
     end = int(tokens.starts[n]) if n < len(tokens) else len(tokens.text) + 1
@@ -234,7 +239,7 @@ def _without_tokens(steps: list[dict], tokens: TokenMap, n: int) -> list[dict]:
         elif s["token_start"] == s["token_end"]: out.append(dict(step=j, reason="no_token"))
     return out
 
-# %% ../nbs/13_extract.ipynb #16c6a7d4
+# %% ../nbs/13_extract.ipynb #06ff5850
 def _entry(sample: _Sample, n: int, number: int) -> dict: # n: tokens of the response that are stored; number: of the row
     "What the index says about a sample, without its place among the others."
     steps, text, tokens = row_steps(sample.row), sample.row["response"], sample.tokens
@@ -246,7 +251,7 @@ def _entry(sample: _Sample, n: int, number: int) -> dict: # n: tokens of the res
     return dict(id=str(sample.row.get("id", number)), row=number, num_tokens=n, prompt_tokens=len(sample.prompt), truncated=len(tokens) - n, text_sha256=hashlib.sha256(text.encode()).hexdigest(), token_ids_sha256=ids,
         segments=parts, steps=steps, alignment=dict(aligned_chars=aligned, total_chars=len(text), unaligned=_without_tokens(steps, tokens, n)))
 
-# %% ../nbs/13_extract.ipynb #5e76580c
+# %% ../nbs/13_extract.ipynb #921504fe
 class _Census:
     "All samples of the input in tokens, on disk."
     def __init__(self, folder: Path):
@@ -257,10 +262,10 @@ class _Census:
     def close(self) -> None: self.ids.close(), self.entries.close()
     def __len__(self) -> int: return len(self.sizes)
 
-# %% ../nbs/13_extract.ipynb #b9e2225d
+# %% ../nbs/13_extract.ipynb #38b75a2e
 def _json(value: Any, **more: Any) -> bytes: return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, **more).encode()
 
-# %% ../nbs/13_extract.ipynb #a691d317
+# %% ../nbs/13_extract.ipynb #d832d3ba
 @patch
 def add(self: _Census, sample: _Sample, limit: int | None, number: int) -> None:
     "Take a sample in; ValueError if it cannot be."
@@ -276,8 +281,8 @@ def add(self: _Census, sample: _Sample, limit: int | None, number: int) -> None:
     self.counts.update(steps=len(entry["steps"]), truncated=n < len(sample.tokens), tokens=n)
     self.digest.update(line + _json(sample.row.get("problem")))
 
-# %% ../nbs/13_extract.ipynb #b540d784
-def _portions(rows: Iterable, most: int = 256, chars: int = 1_000_000) -> Iterator[list]:
+# %% ../nbs/13_extract.ipynb #808a94b0
+def _portions(rows: Iterable, most: int = 64, chars: int = 200_000) -> Iterator[list]:
     "Rows in portions that a tokenizer takes at once: (number, place, row)."
     portion, size = [], 0
     for number, (where, row) in enumerate(rows):
@@ -288,7 +293,7 @@ def _portions(rows: Iterable, most: int = 256, chars: int = 1_000_000) -> Iterat
             portion, size = [], 0
     if portion: yield portion
 
-# %% ../nbs/13_extract.ipynb #388cf106
+# %% ../nbs/13_extract.ipynb #9fe14c4b
 @patch
 def fill(self: _Census, rows: Iterable, tokenizer: Any, chat: bool | Mapping, limit: int | None, vocabulary: int, strict: bool) -> _Census:
     "Take all rows in; ValueError if none can be read, or, where `strict`, for the first that cannot."
@@ -303,13 +308,13 @@ def fill(self: _Census, rows: Iterable, tokenizer: Any, chat: bool | Mapping, li
     if self.unreadable and not len(self): raise ValueError(f"no row could be read; {self.unreadable[0]['where']}: {self.unreadable[0]['reason']}")
     return self
 
-# %% ../nbs/13_extract.ipynb #415ba882
+# %% ../nbs/13_extract.ipynb #e288548a
 def _check_ids(sample: _Sample, vocabulary: int, where: str, tokenizer: Any) -> None:
     "ValueError for tokens of another model."
     top = max(int(x.max(initial=0)) for x in (sample.prompt, sample.tokens.ids))
     if top >= vocabulary: raise ValueError(f"{where}: token {top} of {tokenizer_name(tokenizer)}, but the model has embeddings for {vocabulary:,}: this tokenizer belongs to another model")
 
-# %% ../nbs/13_extract.ipynb #435c0c7f
+# %% ../nbs/13_extract.ipynb #06620e34
 @patch
 def done(self: _Census) -> _Census:
     "Ends the counting; afterwards places are known."
@@ -317,12 +322,13 @@ def done(self: _Census) -> _Census:
     self.rows, self.places = (np.concatenate([[0], np.cumsum(x)]).astype(np.int64) for x in (np.array(self.sizes, np.int64), self.fed)) # first row of each sample, and its first token in the file
     return self
 
+# %% ../nbs/13_extract.ipynb #9796b43e
 @patch
 def tokens(self: _Census, i: int) -> np.ndarray: # int32: prompt and response
     self.ids.seek(4 * int(self.places[i]))
     return np.frombuffer(self.ids.read(4 * int(self.fed[i])), "<i4")
 
-# %% ../nbs/13_extract.ipynb #a7044e94
+# %% ../nbs/13_extract.ipynb #d31cade9
 @patch
 def index(self: _Census) -> Iterator[bytes]:
     "The text of `index.json`, piece by piece."
@@ -333,7 +339,7 @@ def index(self: _Census) -> Iterator[bytes]:
         yield (b",\n" if i else b"\n") + _json(entry)
     yield b'\n],"schema":"tracebook/index/1"}\n'
 
-# %% ../nbs/13_extract.ipynb #6b7aff23
+# %% ../nbs/13_extract.ipynb #539e88c0
 class _Window(NamedTuple):
     "Samples that are computed together, and the shards that hold their rows."
     first: int # number of the first sample
@@ -341,7 +347,7 @@ class _Window(NamedTuple):
     shard: int # number of the first shard
     cuts: tuple[int, ...] # global rows: shard j goes from cuts[j] to cuts[j + 1]
 
-# %% ../nbs/13_extract.ipynb #2156ba76
+# %% ../nbs/13_extract.ipynb #d17f1ca2
 def _windows(rows: np.ndarray, most: int, least: int) -> list[_Window]:
     "Divide samples that begin at these global rows among shards of at most `most` rows and windows of at least `least`."
     out, cuts, first, shard, n = [], [0], 0, 0, len(rows) - 1
@@ -357,7 +363,7 @@ def _windows(rows: np.ndarray, most: int, least: int) -> list[_Window]:
     close(n)
     return out[:-1] + [out[-1]._replace(last=n)] if out else []
 
-# %% ../nbs/13_extract.ipynb #06fac9c2
+# %% ../nbs/13_extract.ipynb #0a3b6b70
 class _Batch(NamedTuple):
     "Samples that are computed in one pass."
     samples: tuple[int, ...] # their numbers
@@ -367,12 +373,13 @@ class _Batch(NamedTuple):
     @property
     def cost(self) -> int: return self.rows * self.width
 
+# %% ../nbs/13_extract.ipynb #948d933b
 def _bucket(n: int) -> int: # the next of 4, 5, 6, 7 times a power of two
     "A length that is at least `n`, of few that there are."
     scale = 1 << max(0, n.bit_length() - 3)
     return -(-n // scale) * scale
 
-# %% ../nbs/13_extract.ipynb #25424033
+# %% ../nbs/13_extract.ipynb #28cee431
 def _bucketed(samples: Sequence[int], fed: np.ndarray, budget: int, deterministic: bool = False) -> Iterator[_Batch]:
     "Rectangles, the longest samples first."
     order = sorted(samples, key=lambda i: -fed[i])
@@ -384,7 +391,7 @@ def _bucketed(samples: Sequence[int], fed: np.ndarray, budget: int, deterministi
         yield _Batch(tuple(some), rows if deterministic else len(some), width)
         at += len(some)
 
-# %% ../nbs/13_extract.ipynb #6c381b2c
+# %% ../nbs/13_extract.ipynb #fe395453
 def _packed(samples: Sequence[int], fed: np.ndarray, budget: int) -> Iterator[_Batch]:
     "Rows in which samples stand one after the other, in the order of the input."
     some, size = [], 0
@@ -395,13 +402,14 @@ def _packed(samples: Sequence[int], fed: np.ndarray, budget: int) -> Iterator[_B
         some, size = [*some, i], size + int(fed[i])
     if some: yield _Batch(tuple(some), 1, size)
 
-# %% ../nbs/13_extract.ipynb #15af8b8c
+# %% ../nbs/13_extract.ipynb #db9d1352
 class _Feed(NamedTuple):
     "A batch as a model gets it, and which of its positions are stored."
     inputs: dict # for the decoder
     index: torch.Tensor # positions in the flat rectangle, sample after sample
     runs: list[tuple[int, int]] # (global row, rows) of each sample
 
+# %% ../nbs/13_extract.ipynb #5e47220d
 def _feed(batch: _Batch, census: _Census, packed: bool, varlen: bool = False) -> _Feed:
     "Put a batch together; `varlen`: with the borders of its texts, as flash attention takes them."
     tokens = [census.tokens(i) for i in batch.samples]
@@ -414,7 +422,7 @@ def _feed(batch: _Batch, census: _Census, packed: bool, varlen: bool = False) ->
     if packed: inputs |= _borders(sizes, varlen)
     return _Feed(inputs, torch.from_numpy(index), [(int(census.rows[i]), census.sizes[i]) for i in batch.samples])
 
-# %% ../nbs/13_extract.ipynb #bbb5c096
+# %% ../nbs/13_extract.ipynb #cfbe2cd9
 def _borders(sizes: np.ndarray, varlen: bool) -> dict:
     "Positions that start again with each text, and, for flash attention, where the texts begin."
     out = dict(position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in sizes]))[None])
@@ -422,7 +430,7 @@ def _borders(sizes: np.ndarray, varlen: bool) -> dict:
     ends = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
     return out | dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=int(sizes.max()), max_length_k=int(sizes.max()))
 
-# %% ../nbs/13_extract.ipynb #323afbd7
+# %% ../nbs/13_extract.ipynb #c95960fb
 def _to_device(x: Any, device: torch.device) -> Any:
     "A tensor on the device, without waiting."
     if not isinstance(x, torch.Tensor) or device.type == "cpu": return x
@@ -432,7 +440,7 @@ class _Way:
     "The way of rows from a device to the memory of the process."
     def __init__(self): self.streams = {}
 
-# %% ../nbs/13_extract.ipynb #77f3dccb
+# %% ../nbs/13_extract.ipynb #53a7e229
 @patch
 def bring(self: _Way, x: torch.Tensor) -> tuple[torch.Tensor, Any]: # (tensor of the CPU, event to wait for or None)
     "Start a copy."
@@ -445,7 +453,7 @@ def bring(self: _Way, x: torch.Tensor) -> tuple[torch.Tensor, Any]: # (tensor of
         x.record_stream(stream)
         return out, stream.record_event()
 
-# %% ../nbs/13_extract.ipynb #f060f302
+# %% ../nbs/13_extract.ipynb #fd4b8b40
 _TYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"), "float32": (torch.float32, "F32")} # what can be stored
 
 def _header(rows: int, dim: int, dtype: str) -> bytes:
@@ -455,7 +463,7 @@ def _header(rows: int, dim: int, dtype: str) -> bytes:
     text += " " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text.encode()
 
-# %% ../nbs/13_extract.ipynb #118a79cc
+# %% ../nbs/13_extract.ipynb #2311050d
 class _Shard:
     "A file of rows while it is written."
     def __init__(self, path: Path, start: int, end: int, dim: int, dtype: str):
@@ -469,7 +477,7 @@ class _Shard:
         self.file.seek(at)
         while data: data = data[self.file.write(data):]
 
-# %% ../nbs/13_extract.ipynb #cbf1b90a
+# %% ../nbs/13_extract.ipynb #7f7bc995
 @patch
 def write(self: _Shard, row: int, data: memoryview) -> None: # row: a global one; data: bytes of whole rows
     "Put rows in their place."
@@ -477,13 +485,14 @@ def write(self: _Shard, row: int, data: memoryview) -> None: # row: a global one
     self.put(self.base + first * self.width, data)
     self.there[first:first + n] = True
 
+# %% ../nbs/13_extract.ipynb #499726d3
 @patch
 def abandon(self: _Shard) -> None:
     "Leave nothing behind."
     self.file.close()
     self.temp.unlink(missing_ok=True)
 
-# %% ../nbs/13_extract.ipynb #382fa321
+# %% ../nbs/13_extract.ipynb #d794cab5
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt": return # folders cannot be opened there
     handle = os.open(folder, os.O_RDONLY)
@@ -493,7 +502,7 @@ def _sync_folder(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/13_extract.ipynb #4046b10d
+# %% ../nbs/13_extract.ipynb #c199b775
 @patch
 def finish(self: _Shard) -> dict: # what is known about the file
     "Make the file durable and give it its name."
@@ -506,7 +515,7 @@ def finish(self: _Shard) -> dict: # what is known about the file
     _sync_folder(self.path.parent)
     return dict(file=self.path.name, token_start=self.start, token_end=self.end, sha256=digest, nbytes=size)
 
-# %% ../nbs/13_extract.ipynb #4cf265fc
+# %% ../nbs/13_extract.ipynb #414d1789
 class _Parts(NamedTuple):
     "The names of the files beside the shards, for one process of several."
     rank: int = 0 # number of the process
@@ -518,7 +527,7 @@ class _Parts(NamedTuple):
     @property
     def journal(self) -> str: return self.name("journal", ".jsonl")
 
-# %% ../nbs/13_extract.ipynb #0d85b9e8
+# %% ../nbs/13_extract.ipynb #a7a6ec6e
 def _append(path: Path, line: bytes) -> None:
     "Add a line and flush it to the disk."
     with open(path, "ab") as file:
@@ -526,6 +535,7 @@ def _append(path: Path, line: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
 
+# %% ../nbs/13_extract.ipynb #7c1172e2
 def _journal(path: Path) -> list[dict]:
     "The lines of a journal up to the first that is damaged."
     out = []
@@ -536,7 +546,7 @@ def _journal(path: Path) -> list[dict]:
         out.append(entry)
     return out
 
-# %% ../nbs/13_extract.ipynb #53632c3c
+# %% ../nbs/13_extract.ipynb #93d7dd3d
 class _Writer:
     "A thread that does jobs one after the other."
     def __init__(self, places: int = 4): # jobs that may wait
@@ -550,7 +560,7 @@ class _Writer:
                 if self.error is None: job(*args)
             except BaseException as e: self.error = e
 
-# %% ../nbs/13_extract.ipynb #dea50c0f
+# %% ../nbs/13_extract.ipynb #a5c238a9
 @patch
 def put(self: _Writer, job: Callable, *args: Any) -> None:
     "Ask for a job; raises what an earlier one raised."
@@ -559,26 +569,28 @@ def put(self: _Writer, job: Callable, *args: Any) -> None:
     self.queue.put((job, args))
     self.waited += time.perf_counter() - start
 
+# %% ../nbs/13_extract.ipynb #5864940c
 @patch
 def close(self: _Writer) -> None:
     "Wait for all jobs."
     self.queue.put(None)
     self.thread.join()
 
-# %% ../nbs/13_extract.ipynb #0b85b39c
+# %% ../nbs/13_extract.ipynb #faf66e6d
 class _Open:
     "The open shards of a window, for all targets."
     def __init__(self, window: _Window, folders: Mapping[Target, Path], dim: int, dtype: str):
-        self.window, self.shards, self.dtype, self.strict = window, {t: [] for t in folders}, dtype, True
+        self.window, self.shards, self.dtype = window, {t: [] for t in folders}, dtype
         for target, folder in folders.items():
             for j, (a, b) in enumerate(zip(window.cuts, window.cuts[1:])): self.shards[target].append(_Shard(folder / _shard_name(target, window.shard + j), a, b, dim, dtype))
 
     def abandon(self) -> None:
         for s in (s for shards in self.shards.values() for s in shards): s.abandon()
 
+# %% ../nbs/13_extract.ipynb #18afce61
 def _shard_name(target: Target, number: int) -> str: return f"{target.stem}{number:05d}.safetensors"
 
-# %% ../nbs/13_extract.ipynb #ef9bd263
+# %% ../nbs/13_extract.ipynb #a7ac34a6
 @patch
 def write(self: _Open, target: Target, rows: torch.Tensor, largest: torch.Tensor, event: Any, runs: list[tuple[int, int]]) -> None:
     "Check rows and put them in their shards; ValueError for numbers that are none."
@@ -591,10 +603,11 @@ def write(self: _Open, target: Target, rows: torch.Tensor, largest: torch.Tensor
             if a < b: s.write(a, data[(at + a - row) * width:(at + b - row) * width])
         at += n
 
-# %% ../nbs/13_extract.ipynb #234b1054
+# %% ../nbs/13_extract.ipynb #44350a04
 class BadStates(ValueError):
     "Hidden states that cannot be stored: not a number, infinite, or too large for the type."
 
+# %% ../nbs/13_extract.ipynb #753d5e12
 @patch
 def refuse(self: _Open, target: Target, at: int, runs: list[tuple[int, int]], largest: torch.Tensor) -> None:
     "BadStates with the global row of position `at` of a batch."
@@ -605,7 +618,7 @@ def refuse(self: _Open, target: Target, at: int, runs: list[tuple[int, int]], la
     says = f"the largest number is {value:,.0f}, and {self.dtype} ends at {torch.finfo(_TYPES[self.dtype][0]).max:,.0f}; store bfloat16 or float32" if np.isfinite(value) else "a number is NaN or infinite; compute in bfloat16 or float32, or leave the sample out"
     raise BadStates(row + at, f"{target.name}: {says}")
 
-# %% ../nbs/13_extract.ipynb #1711d211
+# %% ../nbs/13_extract.ipynb #e6b58107
 @patch
 def finish(self: _Open, folders: Mapping[Target, Path], journal: str, samples: Callable, splits: int) -> None:
     "Make all shards durable, then write them down; `samples(start, end)`: the first and last sample of some rows."
@@ -615,7 +628,7 @@ def finish(self: _Open, folders: Mapping[Target, Path], journal: str, samples: C
             _append(folders[target] / journal, _json(s.finish() | dict(first_sample=first, last_sample=last, oom_splits=splits)))
             splits = 0 # counted once a window
 
-# %% ../nbs/13_extract.ipynb #e46a8a2d
+# %% ../nbs/13_extract.ipynb #53001c63
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     "How far states are apart: in half precision by length of rows, else by the largest number."
     half, a, b = a.dtype in (torch.bfloat16, torch.float16), a.double(), b.double()
@@ -624,7 +637,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _tolerance(dtype: torch.dtype) -> float: return .05 if dtype in (torch.bfloat16, torch.float16) else 1e-5
 
-# %% ../nbs/13_extract.ipynb #ec1928d0
+# %% ../nbs/13_extract.ipynb #4199d1ba
 def _all_states(stack: _Stack, inputs: dict, **more: Any) -> tuple[dict, Any]: # (states by target, flat, on the CPU; what the decoder returned)
     "The states of every layer and stage."
     n, out = len(stack.layers), {}
@@ -633,7 +646,7 @@ def _all_states(stack: _Stack, inputs: dict, **more: Any) -> tuple[dict, Any]: #
     with torch.inference_mode(), _hooks(stack, targets, keep): result = stack.base(**{k: _to_device(v, stack.device) for k, v in inputs.items()}, use_cache=False, **more)
     return out, result
 
-# %% ../nbs/13_extract.ipynb #ef6587af
+# %% ../nbs/13_extract.ipynb #c6edb337
 class _Texts:
     "Random texts in the place of a census."
     def __init__(self, vocabulary: int, seed: int, sizes: Sequence[int] = (9, 24, 17)):
@@ -643,7 +656,7 @@ class _Texts:
 
     def tokens(self, i: int) -> np.ndarray: return self.texts[i]
 
-# %% ../nbs/13_extract.ipynb #62ccd32d
+# %% ../nbs/13_extract.ipynb #68653580
 def _hooks_apart(stack: _Stack, states: Mapping[Target, torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     "How far hooks are from transformers' `hidden_states`."
     n, pairs = len(stack.layers), []
@@ -653,7 +666,7 @@ def _hooks_apart(stack: _Stack, states: Mapping[Target, torch.Tensor], theirs: S
         if i is not None: pairs.append((x, theirs[i].reshape(-1, x.shape[-1]).cpu()))
     return max(_apart(a, b) for a, b in pairs)
 
-# %% ../nbs/13_extract.ipynb #431feaf8
+# %% ../nbs/13_extract.ipynb #9a66cbca
 def _parity(stack: _Stack, packed: bool, seed: int, varlen: bool = False) -> dict: # max_abs, max_rel, hooks, tol, ok
     "Compute a few texts alone and in a batch, and compare."
     texts = _Texts(stack.embedding.shape[0], seed)
@@ -668,9 +681,10 @@ def _parity(stack: _Stack, packed: bool, seed: int, varlen: bool = False) -> dic
     finite = all(np.isfinite(x) for pair in far for x in pair)
     return dict(max_abs=max(a for a, _ in far) if finite else None, max_rel=max(r for _, r in far) if finite else None, hooks=hooks, tol=tol, ok=finite and max(hooks, *(r for _, r in far)) <= tol)
 
-# %% ../nbs/13_extract.ipynb #5150e1e5
+# %% ../nbs/13_extract.ipynb #702b29bd
 _ISOLATING = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
+# %% ../nbs/13_extract.ipynb #0cf14811
 def _choose_packing(stack: _Stack, packing: bool | None, seed: int) -> tuple[bool, bool, dict]: # (packed, varlen, what the test found)
     "Whether to pack; RuntimeError if the model does not give the same states in a batch as alone."
     attention = getattr(stack.config, "_attn_implementation", None) or "eager"
@@ -680,7 +694,7 @@ def _choose_packing(stack: _Stack, packing: bool | None, seed: int) -> tuple[boo
         if found["ok"]: return packed, varlen and packed, found
     raise RuntimeError(f"{type(stack.base).__name__} with {attention} attention does not give the same states {'packed' if packed else 'in a batch'} as alone (apart by {found['max_rel']}, hooks by {found['hooks']}, allowed {found['tol']}); nothing was written")
 
-# %% ../nbs/13_extract.ipynb #07db7daf
+# %% ../nbs/13_extract.ipynb #6b67df4b
 @dataclass
 class _Run:
     "One extraction while it goes on."
@@ -700,11 +714,12 @@ class _Run:
     splits: int = 0 # batches that did not fit into memory, in this window
     all_splits: int = 0
     tokens: int = 0 # computed, filling not counted
+    opened: list[_Open] = field(default_factory=list) # windows that are not finished
 
     @cached_property
     def dim(self) -> int: return self.stack.config.hidden_size
 
-# %% ../nbs/13_extract.ipynb #5084b604
+# %% ../nbs/13_extract.ipynb #a8a9dfb7
 @patch
 def batches(self: _Run, window: _Window) -> Iterator[_Batch]:
     "The batches of a window."
@@ -712,13 +727,14 @@ def batches(self: _Run, window: _Window) -> Iterator[_Batch]:
     if self.packed: return _packed(samples, self.census.fed, self.budget)
     return _bucketed(samples, self.census.fed, self.budget, self.deterministic)
 
+# %% ../nbs/13_extract.ipynb #cee6c953
 @patch
 def samples(self: _Run, start: int, end: int) -> tuple[int, int]: # (first, last), both in it
     "The samples that have rows between two."
     rows = self.census.rows
     return int(np.searchsorted(rows, start, "right")) - 1, int(np.searchsorted(rows, end, "left")) - 1
 
-# %% ../nbs/13_extract.ipynb #fa083496
+# %% ../nbs/13_extract.ipynb #a5ca7c04
 @patch
 def forward(self: _Run, batch: _Batch, put: Callable) -> None: # put: takes a target, rows, their largest numbers, an event and runs
     "Compute one batch."
@@ -730,12 +746,13 @@ def forward(self: _Run, batch: _Batch, put: Callable) -> None: # put: takes a ta
         put(target, *self._host(rows.to(_TYPES[self.dtype][0]), largest), feed.runs)
     with _hooks(self.stack, self.targets, keep): self.stack.base(**inputs, use_cache=False)
 
+# %% ../nbs/13_extract.ipynb #2e406a74
 @patch
 def _host(self: _Run, rows: torch.Tensor, largest: torch.Tensor) -> tuple:
     rows, event = self.way.bring(rows) # after the other copy, on the same stream
     return rows, largest, event
 
-# %% ../nbs/13_extract.ipynb #5370fb03
+# %% ../nbs/13_extract.ipynb #e0099189
 def _out_of_memory(e: BaseException) -> bool: return isinstance(e, torch.OutOfMemoryError) or isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
 
 @patch
@@ -746,7 +763,7 @@ def attempt(self: _Run, batch: _Batch, put: Callable) -> bool: # False: it does 
         return False
     return True
 
-# %% ../nbs/13_extract.ipynb #58fe5178
+# %% ../nbs/13_extract.ipynb #baf06dca
 @patch
 def compute(self: _Run, batch: _Batch, put: Callable) -> None:
     "Compute a batch, in parts if need be; OutOfMemoryError if one sample alone does not fit."
@@ -761,6 +778,7 @@ def compute(self: _Run, batch: _Batch, put: Callable) -> None:
         halves = b.samples[:len(b.samples) // 2], b.samples[len(b.samples) // 2:]
         todo += [_Batch(h, 1 if self.packed else len(h), int(self.census.fed[list(h)].sum() if self.packed else self.census.fed[list(h)].max())) for h in halves[::-1]]
 
+# %% ../nbs/13_extract.ipynb #12d95be2
 @patch
 def called(self: _Run, i: int) -> str:
     "What to call a sample."
@@ -768,7 +786,7 @@ def called(self: _Run, i: int) -> str:
     entry = json.loads(self.census.entries.read(self.census.lengths[i]))
     return f"sample {i} (id {entry['id'][:80]!r}, row {entry['row']})"
 
-# %% ../nbs/13_extract.ipynb #8b30f572
+# %% ../nbs/13_extract.ipynb #7dcd00b2
 @patch
 def window(self: _Run, window: _Window, writer: _Writer, bar: Any) -> None:
     "Compute and write one window."
@@ -781,38 +799,40 @@ def window(self: _Run, window: _Window, writer: _Writer, bar: Any) -> None:
     writer.put(self._finish, opened, self.splits)
     self.all_splits, self.splits = self.all_splits + self.splits, 0
 
+# %% ../nbs/13_extract.ipynb #a4352cdd
 @patch
 def _finish(self: _Run, opened: _Open, splits: int) -> None:
     opened.finish(self.folders, self.parts.journal, self.samples, splits)
     self.opened.remove(opened)
     self.log(f"window of samples {opened.window.first:,} to {opened.window.last - 1:,} is written")
 
-# %% ../nbs/13_extract.ipynb #8621448b
+# %% ../nbs/13_extract.ipynb #e22d7186
 @patch
 def work(self: _Run, todo: Sequence[_Window], progress: bool) -> float: # seconds that the model waited for the disk
     "Compute and write windows; whatever goes wrong, finished shards stay as they are."
-    writer, self.opened = _Writer(), []
+    writer = _Writer()
     try:
         with torch.inference_mode(), tqdm(total=sum(w.cuts[-1] - w.cuts[0] for w in todo), unit=" tokens", unit_scale=True, desc="states", disable=not progress) as bar:
             for w in todo: self.window(w, writer, bar)
-    except BaseException as e: raise self.said(writer.error or e) from None if writer.error is None else e
+    except BaseException as e:
+        if writer.error is None: raise self.said(e)
     finally:
         writer.close()
         for opened in self.opened: opened.abandon()
     if writer.error is not None: raise self.said(writer.error)
     return writer.waited
 
-# %% ../nbs/13_extract.ipynb #cc27dca6
+# %% ../nbs/13_extract.ipynb #f49665f8
 @patch
 def said(self: _Run, e: BaseException) -> BaseException:
     "An error in words that help."
     if isinstance(e, BadStates) and len(e.args) == 2:
         i = self.samples(e.args[0], e.args[0] + 1)[0]
         return BadStates(f"{self.called(i)}, token {e.args[0] - int(self.census.rows[i])} of the response, {e.args[1]}")
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT): return OSError(e.errno, f"{e.strerror}: the disk is full. Finished shards are valid and stay; the same call goes on from there")
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)): return OSError(e.errno, f"{e.strerror}: the disk is full. Finished shards are valid and stay; the same call goes on from there")
     return e
 
-# %% ../nbs/13_extract.ipynb #55500759
+# %% ../nbs/13_extract.ipynb #48f47fda
 def _weights_hash(model: Any) -> str: # 16 hexadecimal digits
     "A fingerprint of a model: of every weight its name, shape and type, the sum of its bits as whole numbers, and 64 numbers."
     digest = hashlib.sha256()
@@ -822,11 +842,12 @@ def _weights_hash(model: Any) -> str: # 16 hexadecimal digits
         digest.update(f"{name} {tuple(w.shape)} {w.dtype} {int(bits.sum(dtype=torch.int64))} {some}".encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/13_extract.ipynb #6c0f7a21
+# %% ../nbs/13_extract.ipynb #b57e5913
 def _versions() -> dict[str, str]:
     import transformers
     return dict(transformers=transformers.__version__, torch=torch.__version__)
 
+# %% ../nbs/13_extract.ipynb #c62ebf87
 def _describe(run: _Run, model: Any, tokenizer: Any, given: Mapping) -> dict:
     "What is the same for all targets; `given`: settings of the call."
     census, config = run.census, run.stack.config
@@ -837,7 +858,7 @@ def _describe(run: _Run, model: Any, tokenizer: Any, given: Mapping) -> dict:
         revision=getattr(model.config, "_commit_hash", None), num_hidden_layers=config.num_hidden_layers, hidden_dim=run.dim, dtype=run.dtype, num_tokens=int(census.rows[-1]), num_samples=len(census), num_steps=census.counts["steps"],
         num_truncated=census.counts["truncated"], unreadable=dict(count=len(census.unreadable), rows=census.unreadable[:100]), extraction=how, source=dict(traces_sha256=census.digest.hexdigest(), taxonomy=None, label_map_sha256=hashlib.sha256(labels).hexdigest()))
 
-# %% ../nbs/13_extract.ipynb #425e84cf
+# %% ../nbs/13_extract.ipynb #c367c243
 _FOUND = ("shards", "complete", "extraction.parity", "extraction.oom_splits") # no settings
 
 def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -846,12 +867,13 @@ def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
     for k, v in config.items(): out |= _flat(v, f"{prefix}{k}.") if isinstance(v, Mapping) and not prefix else {prefix + k: v}
     return {k: v for k, v in out.items() if k not in _FOUND}
 
+# %% ../nbs/13_extract.ipynb #0516a197
 def _differences(there: Mapping, now: Mapping) -> list[str]:
     a, b = _flat(there), _flat(now)
     show = lambda x: repr(x) if len(repr(x)) <= 60 else repr(x)[:57] + "…"
     return [f"{k} is {show(a.get(k))} there and {show(b.get(k))} now" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
-# %% ../nbs/13_extract.ipynb #6527af20
+# %% ../nbs/13_extract.ipynb #45adde0a
 def _read_json(path: Path) -> dict | None: # None: there is no such file
     "A JSON object; ValueError naming the file if it is none."
     if not path.exists(): return None
@@ -860,6 +882,7 @@ def _read_json(path: Path) -> dict | None: # None: there is no such file
     if not isinstance(out, dict): raise ValueError(f"{path} is no object of JSON; remove it, or give resume=False to begin again")
     return out
 
+# %% ../nbs/13_extract.ipynb #b855d44c
 def _write_json(path: Path, value: Mapping) -> None:
     "Write durably, whole or not at all."
     with open_whole(path) as file:
@@ -868,7 +891,7 @@ def _write_json(path: Path, value: Mapping) -> None:
         os.fsync(file.fileno())
     _sync_folder(path.parent)
 
-# %% ../nbs/13_extract.ipynb #a9f21fcf
+# %% ../nbs/13_extract.ipynb #5765f1b5
 def _refuse_other(folder: Path, config: Mapping, name: str) -> None:
     "ValueError if the folder holds something else than this extraction."
     for file in {name, "config.json"}:
@@ -878,12 +901,13 @@ def _refuse_other(folder: Path, config: Mapping, name: str) -> None:
     if worlds and not (_read_json(folder / "config.json") or {}).get("complete"): raise ValueError(f"{folder} holds parts of {int(min(worlds))} processes; start as many again, or give another folder")
     if not any(folder.glob("config*.json")) and (found := sorted(folder.glob("hidden_states_*.safetensors"))): raise ValueError(f"{folder} holds {found[0].name} and no config.json that says what it is; give another folder")
 
-# %% ../nbs/13_extract.ipynb #f182856f
+# %% ../nbs/13_extract.ipynb #e6d59d9f
 def _entries(folder: Path, parts: _Parts) -> list[dict]:
     "What is noted about finished shards: in a complete config, or in the journal."
     config = _read_json(folder / "config.json") or {}
     return config["shards"] if config.get("complete") else _journal(folder / parts.journal)
 
+# %% ../nbs/13_extract.ipynb #613b752d
 def _intact(folder: Path, entry: Mapping | None, name: str, start: int, end: int) -> bool:
     "Whether a shard is what was noted."
     wanted = dict(file=name, token_start=start, token_end=end)
@@ -891,7 +915,7 @@ def _intact(folder: Path, entry: Mapping | None, name: str, start: int, end: int
     path = folder / name
     return path.is_file() and not path.is_symlink() and path.stat().st_size == entry.get("nbytes") and _sha256(path) == entry.get("sha256")
 
-# %% ../nbs/13_extract.ipynb #cbbc2e25
+# %% ../nbs/13_extract.ipynb #bed3b092
 @patch
 def kept(self: _Run) -> int: # how many windows need not be computed again
     "Look at what is there; drop all from the first shard on that is not as it should be."
@@ -903,7 +927,7 @@ def kept(self: _Run) -> int: # how many windows need not be computed again
     for t, f in self.folders.items(): self._drop(t, f, done, noted[t])
     return done
 
-# %% ../nbs/13_extract.ipynb #be2d6176
+# %% ../nbs/13_extract.ipynb #e92764ef
 @patch
 def _drop(self: _Run, target: Target, folder: Path, done: int, noted: Mapping[str, dict]) -> None:
     "Remove shards after the first `done` windows, and write the journal anew."
@@ -913,7 +937,7 @@ def _drop(self: _Run, target: Target, folder: Path, done: int, noted: Mapping[st
     if done < len(names) and self.parts.world > 1: (folder / "config.json").unlink(missing_ok=True) # joined, and no longer true
     write_whole(folder / self.parts.journal, b"".join(_json(noted[n]) + b"\n" for some in names[:done] for n in some))
 
-# %% ../nbs/13_extract.ipynb #429f2d93
+# %% ../nbs/13_extract.ipynb #d766206f
 _OURS = re.compile(r"\.?hidden_states_(layer\d+|embeddings)_shard\d+\.safetensors(\.tmp)?|(config|journal)(\.rank\d+-of-\d+)?\.jsonl?|index\.json")
 
 def _clear(folder: Path) -> None:
@@ -921,13 +945,14 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and (path.is_file() or path.is_symlink()): path.unlink()
 
-# %% ../nbs/13_extract.ipynb #e00ec51b
+# %% ../nbs/13_extract.ipynb #f2051921
 @patch
 def config(self: _Run, target: Target, common: Mapping, shards: Sequence[Mapping], complete: bool, parity: Mapping) -> dict:
     "The config of one target."
     how = dict(common["extraction"], parity=parity, oom_splits=sum(e.get("oom_splits", 0) for e in shards))
     return dict(common, layer=target.layer, stage=target.stage, hf_index=target.hf_index, extraction=how, complete=complete, shards=list(shards))
 
+# %% ../nbs/13_extract.ipynb #54ca05db
 @patch
 def begin(self: _Run, common: Mapping, parity: Mapping, resume: bool) -> int: # windows that are done already
     "Check and prepare the folders."
@@ -941,7 +966,7 @@ def begin(self: _Run, common: Mapping, parity: Mapping, resume: bool) -> int: # 
         _write_json(folder / self.parts.config, self.config(target, common, (), False, parity))
     return done
 
-# %% ../nbs/13_extract.ipynb #5617fdf4
+# %% ../nbs/13_extract.ipynb #c5c5c4bf
 @patch
 def end(self: _Run, common: Mapping, parity: Mapping) -> None:
     "Write index and config."
@@ -954,14 +979,14 @@ def end(self: _Run, common: Mapping, parity: Mapping) -> None:
                 os.fsync(file.fileno())
         _write_json(folder / self.parts.config, self.config(target, common, _journal(folder / self.parts.journal), True, parity))
 
-# %% ../nbs/13_extract.ipynb #0a466405
+# %% ../nbs/13_extract.ipynb #0bee3e4a
 def _share(windows: list[_Window], parts: _Parts) -> list[_Window]:
     "The windows of one process: neighbours, with about the same number of rows as the others have."
     total = windows[-1].cuts[-1] if windows else 0
     middle = lambda w: (w.cuts[0] + w.cuts[-1]) / 2
     return [w for w in windows if int(middle(w) * parts.world / total) == parts.rank]
 
-# %% ../nbs/13_extract.ipynb #38ca86f7
+# %% ../nbs/13_extract.ipynb #54cb4336
 def _joined_config(folder: Path) -> dict | None: # None: not all parts are complete
     "The configs of all processes as one."
     names = sorted(folder.glob("config.rank*-of-*.json"))
@@ -976,7 +1001,7 @@ def _joined_config(folder: Path) -> dict | None: # None: not all parts are compl
     how = dict(configs[0]["extraction"], oom_splits=sum(c["extraction"]["oom_splits"] for c in configs))
     return dict(configs[0], shards=shards, extraction=how)
 
-# %% ../nbs/13_extract.ipynb #8607442c
+# %% ../nbs/13_extract.ipynb #2823a526
 def merge_extractions(
     folder: str | Path, # where several processes have written, or the folder above its layers
 ) -> bool: # whether it is complete now; ValueError if the parts do not belong together
@@ -991,7 +1016,7 @@ def merge_extractions(
         _write_json(f / "config.json", joined)
     return True
 
-# %% ../nbs/13_extract.ipynb #6b32305f
+# %% ../nbs/13_extract.ipynb #b2645db1
 class Manifest(NamedTuple):
     "What an extraction has written."
     folder: Path # of the one matrix, or above those of several
@@ -1012,9 +1037,9 @@ class Manifest(NamedTuple):
 
     def __repr__(self) -> str:
         more = [x for x in (f"{self.kept} kept" * bool(self.kept), f"{_count(len(self.unreadable), 'row')} unreadable" * bool(self.unreadable), f"{self.truncated} cut off" * bool(self.truncated), "not complete" * (not self.complete)) if x]
-        return f"Manifest({visible(self.folder.name)}: {_count(self.num_samples, 'sample')}, {_count(self.num_tokens, 'token')} × {self.hidden_dim:,}, {_count(self.num_steps, 'step')}, {_count(len(self.folders), 'matrix').replace('matrixs', 'matrices')}, {_count(self.shards, 'shard')}{''.join(f', {m}' for m in more)})"
+        return f"Manifest({visible(self.folder.name)}: {_count(self.num_samples, 'sample')}, {_count(self.num_tokens, 'token')} × {self.hidden_dim:,}, {_count(self.num_steps, 'step')}, {len(self.folders):,} matri{'x' if len(self.folders) == 1 else 'ces'}, {_count(self.shards, 'shard')}{''.join(f', {m}' for m in more)})"
 
-# %% ../nbs/13_extract.ipynb #2210c20d
+# %% ../nbs/13_extract.ipynb #282a1f03
 def _load(name: str | Path, tokenizer: Any, compute: Any, attention: str | None, revision: str | None, device: Any) -> tuple[Any, Any]: # (a decoder without head, its tokenizer)
     "A model by its name; code that comes with it is not run."
     from transformers import AutoModel, AutoTokenizer
@@ -1025,9 +1050,10 @@ def _load(name: str | Path, tokenizer: Any, compute: Any, attention: str | None,
     except (OSError, ValueError) as e: raise ValueError(f"cannot load the model {name!r}: give a name on the hub that can be reached or is cached, or a folder ({' '.join(str(e).split())[:300]})") from e
     return model.to(device or _default_device()), tokenizer
 
+# %% ../nbs/13_extract.ipynb #c0d17d10
 def _default_device() -> str: return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/13_extract.ipynb #f371fef4
+# %% ../nbs/13_extract.ipynb #e9da5293
 @contextmanager
 def _borrowed(model: Any, device: Any, attention: str | None) -> Iterator[None]:
     "A model in eval mode, on a device, with an attention; as it was, afterwards."
@@ -1041,7 +1067,7 @@ def _borrowed(model: Any, device: Any, attention: str | None) -> Iterator[None]:
         if attention and attention != before: model.set_attn_implementation(before)
         if device is not None and torch.device(device) != was: model.to(was)
 
-# %% ../nbs/13_extract.ipynb #a6e51bff
+# %% ../nbs/13_extract.ipynb #cacb4b61
 def _open_model(model: Any, tokenizer: Any, compute: Any, attention: str | None, revision: str | None, device: Any) -> tuple[Any, Any]: # (model, tokenizer)
     "The model and the tokenizer that are meant."
     if compute is not None: compute = getattr(torch, str(compute).removeprefix("torch."))
@@ -1053,7 +1079,7 @@ def _open_model(model: Any, tokenizer: Any, compute: Any, attention: str | None,
     if tokenizer is None and not getattr(model, "name_or_path", ""): raise ValueError("the model does not say which tokenizer it has; give one with tokenizer=")
     return model, load_tokenizer(_hub_name(tokenizer or model.name_or_path)) if tokenizer is None or isinstance(tokenizer, (str, Path)) else tokenizer
 
-# %% ../nbs/13_extract.ipynb #18a38108
+# %% ../nbs/13_extract.ipynb #331a59d6
 def _bytes(size: int | str) -> int: # "1GB" is 10**9, "1GiB" is 2**30
     "A number of bytes; ValueError if it is none."
     m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
@@ -1061,7 +1087,7 @@ def _bytes(size: int | str) -> int: # "1GB" is 10**9, "1GiB" is 2**30
     if out < 1: raise ValueError(f"shard_size={size!r} is no size; write 1GB, 500MB or a number of bytes")
     return out
 
-# %% ../nbs/13_extract.ipynb #091ac8f1
+# %% ../nbs/13_extract.ipynb #cad87e9f
 def _place(out_dir: Any, root: Any, targets: Sequence[Target], model: str) -> tuple[Path, dict[Target, Path]]: # (folder, folder of each target)
     "Where to write, with the folders made."
     if out_dir is not None and root is not None: raise ValueError("give out_dir (this folder) or root (a tree of models), not both")
@@ -1071,6 +1097,7 @@ def _place(out_dir: Any, root: Any, targets: Sequence[Target], model: str) -> tu
     for f in folders.values(): f.mkdir(parents=True, exist_ok=True)
     return folder, folders
 
+# %% ../nbs/13_extract.ipynb #3e4d4448
 def _logger(folder: Path, parts: _Parts) -> Callable:
     "A function that adds a line to the log; times go there and nowhere else."
     path = folder / parts.name(f"extraction_{time.strftime('%Y%m%dT%H%M%S')}", ".log")
@@ -1078,7 +1105,7 @@ def _logger(folder: Path, parts: _Parts) -> Callable:
         with path.open("a", encoding="utf-8") as file: file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(line)}\n")
     return log
 
-# %% ../nbs/13_extract.ipynb #cfdca5c2
+# %% ../nbs/13_extract.ipynb #574f77c9
 @contextmanager
 def _compiled(stack: _Stack, on: bool) -> Iterator[None]:
     "Compiled blocks, inside."
@@ -1089,52 +1116,53 @@ def _compiled(stack: _Stack, on: bool) -> Iterator[None]:
     finally:
         for layer, f in zip(layers, before): layer.__dict__.pop("forward") if f is None else layer.__dict__.update(forward=f)
 
-# %% ../nbs/13_extract.ipynb #29a83b5a
+# %% ../nbs/13_extract.ipynb #cf53d38a
 def _parts(rank: int | None, world: int | None) -> _Parts:
     "Which process of how many; those of torchrun if nothing is said."
     parts = _Parts(int(os.environ.get("RANK", 0)) if rank is None else rank, int(os.environ.get("WORLD_SIZE", 1)) if world is None else world)
     if not 0 <= parts.rank < parts.world: raise ValueError(f"rank={parts.rank} of world_size={parts.world}: ranks are counted from 0")
     return parts
 
+# %% ../nbs/13_extract.ipynb #ff044c6e
 def _limit(config: Any, max_length: int | None) -> int | None:
     "The most tokens of a sample: what was asked for, and no more than the model has positions."
     if max_length is not None and max_length < 1: raise ValueError(f"max_length={max_length}: at least one token has to be read")
     return min((x for x in (max_length, getattr(config, "max_position_embeddings", None)) if x), default=None)
 
-# %% ../nbs/13_extract.ipynb #ca865ad2
+# %% ../nbs/13_extract.ipynb #569f6ba5
 def _warn(census: _Census) -> None:
     "Say what was left out."
     bad = census.unreadable
     if bad: warnings.warn(f"{_count(len(bad), 'row')} could not be read and {'is' if len(bad) == 1 else 'are'} left out: {'; '.join(f'''{b['where']}: {b['reason'][:120]}''' for b in bad[:5])}{f'; and {len(bad) - 5:,} more' if len(bad) > 5 else ''}", UnreadableRows, stacklevel=3)
     if census.counts["truncated"]: warnings.warn(f"{_count(census.counts['truncated'], 'sample')} had more tokens than are read, and lost the end; see `truncated` in index.json", UserWarning, stacklevel=3)
 
-# %% ../nbs/13_extract.ipynb #af79e63a
-def _prepare(model: Any, tokenizer: Any, rows: Any, place: tuple, targets: tuple[Target, ...], options: Mapping, parts: _Parts, stack: ExitStack) -> tuple[_Run, dict]: # (run, what the test found)
+# %% ../nbs/13_extract.ipynb #8a653387
+def _prepare(model: Any, tokenizer: Any, rows: Any, folder: Path, folders: dict[Target, Path], o: Mapping, stack: ExitStack) -> tuple[_Run, dict]: # (run, what the test found)
     "Read the rows and make the plan."
-    decoder, (folder, folders) = _stack(model), place
-    packed, varlen, parity = _choose_packing(decoder, options["packing"], options["seed"])
+    decoder, parts = _stack(model), o["parts"]
+    packed, varlen, parity = _choose_packing(decoder, o["packing"], o["seed"])
     census = _Census(folder)
     stack.callback(census.close)
-    census.fill(read_rows(rows), tokenizer, options["chat"], _limit(decoder.config, options["max_length"]), decoder.embedding.shape[0], options["unreadable"] == "raise").done()
-    run = _Run(decoder, targets, folders, census, [], options["dtype"], options["budget"], packed, varlen, options["deterministic"], parts, _logger(folder, parts))
-    most = max(1, options["shard_size"] // (run.dim * _TYPES[run.dtype][0].itemsize))
+    census.fill(read_rows(rows), tokenizer, o["chat"], _limit(decoder.config, o["max_length"]), decoder.embedding.shape[0], o["unreadable"] == "raise").done()
+    run = _Run(decoder, tuple(folders), folders, census, [], o["dtype"], o["budget"], packed, varlen, o["deterministic"], parts, _logger(folder, parts))
+    most = max(1, o["shard_size"] // (run.dim * _TYPES[run.dtype][0].itemsize))
     run.windows = _share(_windows(census.rows, most, 8 * run.budget), parts)
     return run, parity
 
-# %% ../nbs/13_extract.ipynb #f9bdc80f
-def _execute(run: _Run, common: Mapping, parity: Mapping, resume: bool, compiled: bool, progress: bool, owned: bool) -> tuple[int, float, float]: # (windows kept, seconds, of these waited)
+# %% ../nbs/13_extract.ipynb #ba310e0f
+def _execute(run: _Run, common: Mapping, parity: Mapping, o: Mapping) -> tuple[int, float, float]: # (windows kept, seconds, of these waited)
     "Compute what is not there yet."
-    done, start, waited = run.begin(common, parity, resume), time.perf_counter(), 0.
+    done, start, waited = run.begin(common, parity, o["resume"]), time.perf_counter(), 0.
     run.log(f"{_count(len(run.windows), 'window')}, {done} of them there already; {_json(common).decode()}")
     if todo := run.windows[done:]:
-        if owned: _shorten(run.stack, run.targets)
-        with _cut(run.stack, run.targets), _compiled(run.stack, compiled): waited = run.work(todo, progress)
+        if o["owned"]: _shorten(run.stack, run.targets)
+        with _cut(run.stack, run.targets), _compiled(run.stack, o["compile"]): waited = run.work(todo, o["progress"])
     run.end(common, parity)
     seconds = time.perf_counter() - start
     run.log(f"{run.tokens:,} tokens in {seconds:.1f} s, {waited:.1f} s of them waiting for the disk")
     return done, seconds, waited
 
-# %% ../nbs/13_extract.ipynb #d664bcb0
+# %% ../nbs/13_extract.ipynb #36df489c
 def _manifest(run: _Run, folder: Path, done: int, parity: Mapping, seconds: float, waited: float) -> Manifest:
     "What was done."
     census, many = run.census, len(run.folders)
@@ -1143,7 +1171,7 @@ def _manifest(run: _Run, folder: Path, done: int, parity: Mapping, seconds: floa
     return Manifest(folder, tuple(run.folders.values()), len(census), int(census.rows[-1]), census.counts["steps"], run.dim, many * sum(shards), many * sum(shards[:done]),
         tuple(census.unreadable), census.counts["truncated"], run.all_splits, dict(parity), seconds, waited, complete)
 
-# %% ../nbs/13_extract.ipynb #d5c0e9fb
+# %% ../nbs/13_extract.ipynb #ab8c1993
 def _check_options(o: Mapping) -> None:
     "ValueError for settings that mean nothing."
     if o["dtype"] not in _TYPES: raise ValueError(f"dtype={o['dtype']!r} cannot be stored; choose {', '.join(_TYPES)}")
@@ -1151,7 +1179,20 @@ def _check_options(o: Mapping) -> None:
     if o["unreadable"] not in ("skip", "raise"): raise ValueError(f"unreadable={o['unreadable']!r} is unknown; choose skip or raise")
     if o["packing"] and o["deterministic"]: raise ValueError("deterministic=True needs batches of fixed shape, so rows cannot be packed; give packing=False")
 
-# %% ../nbs/13_extract.ipynb #7efa5cfe
+# %% ../nbs/13_extract.ipynb #006895f3
+def _extract(model: Any, tokenizer: Any, rows: Any, place: Callable, o: Mapping, stack: ExitStack) -> Manifest:
+    "All of it, for a model that is ready."
+    if o["chat"] is not False and not getattr(tokenizer, "chat_template", None): raise ValueError(f"{tokenizer_name(tokenizer)} has no chat template; give chat=False to feed responses alone, or a tokenizer that has one")
+    targets = _targets(o["layers"], o["stage"], len(_stack(model).layers))
+    folder, folders = place(targets, _model_name(model))
+    run, parity = _prepare(model, tokenizer, rows, folder, folders, o, stack)
+    _warn(run.census)
+    common = _describe(run, model, tokenizer, {k: o[k] for k in ("max_length", "shard_size", "chat", "seed", "compile")})
+    done, seconds, waited = _execute(run, common, parity, o)
+    if o["parts"].world > 1: merge_extractions(folder)
+    return _manifest(run, folder, done, parity, seconds, waited)
+
+# %% ../nbs/13_extract.ipynb #8a112dbc
 def extract_hidden_states(
     model_or_name: Any = None, # a causal model of transformers, its name or folder, or a key of `PUBLISHED_MODELS`; None: the toy
     rows: Any = None, # anything that `read_rows` takes, with a column `response`, and perhaps `problem`, `steps`, `id`, `response_ids`; None: 64 traces of the toy
@@ -1181,19 +1222,10 @@ def extract_hidden_states(
     world_size: int | None = None, # processes; None: torchrun's
 ) -> Manifest: # what was written; ValueError for settings or inputs that cannot be, RuntimeError if the start-up test fails, BadStates for NaN
     "Compute hidden states of traces and write them as shards of safetensors, with an index of steps; the same call goes on after a crash."
-    options = dict(dtype=str(dtype).removeprefix("torch."), budget=max_tokens_per_batch, max_length=max_length, shard_size=_bytes(shard_size), chat=chat, seed=seed, packing=packing, deterministic=deterministic, unreadable=unreadable)
-    _check_options(options)
-    parts, given = _parts(rank, world_size), {k: options[k] for k in ("max_length", "shard_size", "chat", "seed")} | dict(compile=compile)
+    o = dict(layers=layers, stage=stage, dtype=str(dtype).removeprefix("torch."), budget=max_tokens_per_batch, max_length=max_length, shard_size=_bytes(shard_size), chat=chat, seed=seed, packing=packing,
+        deterministic=deterministic, unreadable=unreadable, resume=resume, progress=progress, compile=compile, owned=isinstance(model_or_name, (str, Path)), parts=_parts(rank, world_size))
+    _check_options(o)
     model, tokenizer = _open_model(model_or_name, tokenizer, compute_dtype, attn_implementation, revision, device)
-    rows = toy_traces(64) if rows is None else rows
-    if chat is not False and not getattr(tokenizer, "chat_template", None): raise ValueError(f"{tokenizer_name(tokenizer)} has no chat template; give chat=False to feed responses alone, or a tokenizer that has one")
     with ExitStack() as stack:
         stack.enter_context(_borrowed(model, device, attn_implementation))
-        targets = _targets(layers, stage, len(_stack(model).layers))
-        place = _place(out_dir, root, targets, _model_name(model))
-        run, parity = _prepare(model, tokenizer, rows, place, targets, options, parts, stack)
-        _warn(run.census)
-        common = _describe(run, model, tokenizer, given)
-        done, seconds, waited = _execute(run, common, parity, resume, compile, progress, isinstance(model_or_name, (str, Path)))
-        if parts.world > 1: merge_extractions(place[0])
-        return _manifest(run, place[0], done, parity, seconds, waited)
+        return _extract(model, tokenizer, toy_traces(64) if rows is None else rows, partial(_place, out_dir, root), o, stack)
