@@ -330,6 +330,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tracebook.extract._default_device': ('extract.html#_default_device', 'tracebook/extract.py'),
                                    'tracebook.extract._describe': ('extract.html#_describe', 'tracebook/extract.py'),
                                    'tracebook.extract._differences': ('extract.html#_differences', 'tracebook/extract.py'),
+                                   'tracebook.extract._durable': ('extract.html#_durable', 'tracebook/extract.py'),
                                    'tracebook.extract._entries': ('extract.html#_entries', 'tracebook/extract.py'),
                                    'tracebook.extract._entry': ('extract.html#_entry', 'tracebook/extract.py'),
                                    'tracebook.extract._execute': ('extract.html#_execute', 'tracebook/extract.py'),
