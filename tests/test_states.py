@@ -660,13 +660,16 @@ def test_journal(tmp_path):
         journal.write_text(bad + "\n" + "\n".join(lines[2:3]) + "\n")
         with pytest.raises(ValueError, match="journal.jsonl"): HiddenStates(tmp_path).verify()
         assert HiddenStates(tmp_path).num_tokens == 30
+    for k in (0, 1): (tmp_path / f"journal.rank0000{k}-of-00002.jsonl").write_text("\n".join(lines[1 + 2 * k:3 + 2 * k]) + "\n")
+    journal.write_text("")
+    assert HiddenStates(tmp_path).verify().journalled == 4
     journal.unlink(); journal.symlink_to("/etc/passwd")
     assert "journal.jsonl: leads out" in str(verify_folder(tmp_path))
 
 def test_layers(tmp_path):
     matrix = torch.randn(30, 4)
     for k in (0, 2, 10): write(tmp_path / f"layer_{k}", matrix + k, [30], layout(random.Random(1), [7, 0, 12, 11]), layer=k)
-    write(tmp_path / "layer_embeddings", matrix, [30], layout(random.Random(1), [7, 0, 12, 11]))
+    write(tmp_path / "embeddings", matrix, [30], layout(random.Random(1), [7, 0, 12, 11]))
     layers = HiddenStates.open_layers(tmp_path, verify="sha256")
     assert list(layers) == [0, 2, 10, "embeddings"] and all(same(hs.read(0, 30), matrix + (k if type(k) is int else 0)) for k, hs in layers.items())
     assert verify_folder(tmp_path).ok and len(verify_folder(tmp_path).checks) == 4
