@@ -195,7 +195,7 @@ def test_streams(tmp_path, pooling, size):
         for block, labels in stream:
             assert {len(v) for v in labels.values()} == {len(block)} and 0 < len(block) <= size
             got += [(*x, r) for *x, r in zip(*labels.values(), block)]
-        assert [tuple(map(str, g[:-1])) for g in got] == [tuple(map(str, w[:-1])) for w in want] and len(stream) == len(want)
+        assert [tuple(map(str, g[:-1])) for g in got] == [tuple(map(str, w[:-1])) for w in want] and stream.num_rows == len(want) and len(stream) == -(-len(want) // size)
         assert all(g[-1].dtype == w[-1].dtype and torch.allclose(g[-1], w[-1], rtol=1e-12, atol=0) for g, w in zip(got, want))
         assert stream.empty == sum(x["token_start"] == x["token_end"] and all(x[k] == v or not isinstance(v, str) and x[k] in v for k, v in asked.items()) for s in samples for x in s["steps"])
         assert [len(b) for b, _ in stream] == [len(b) for b, _ in stream] # again
@@ -272,6 +272,16 @@ def test_an_index_alone(tmp_path):
     assert (hs.hidden_dim, hs.dtype, len(hs.absent), hs.readable.tolist()) == (None, None, 5, [1])
     with pytest.raises(ValueError, match="no hidden_dim"): hs.read(0, 0)
     assert verify_folder(tmp_path, partial=True).ok and not verify_folder(tmp_path).ok
+
+def test_claims_of_absent_shards_cost_nothing(tmp_path):
+    "A terabyte of rows that are not there: nothing is allocated for them."
+    standard(tmp_path, bare=True)
+    edit_shard(tmp_path, 4, token_end=2 ** 40, file="gone.safetensors")
+    edit_sample(tmp_path, lambda s: s[3]["steps"].append(dict(token_start=0, token_end=2 ** 39, category="far")))
+    hs = HiddenStates(tmp_path, partial=True)
+    assert hs.num_tokens == 2 ** 40 and hs.readable.tolist() == [0, 1] and hs.rows("far").num_rows == 2 ** 39
+    for ask in (lambda: hs[3], lambda: hs.step(3, -1), lambda: hs.read(0, 2 ** 40), *(lambda p=p: list(hs.rows("far", pooling=p)) for p in ("mean", "first", "last")), lambda: next(iter(hs.rows("far")))):
+        with pytest.raises(FileNotFoundError, match="gone.safetensors: not there"): ask()
 
 def test_incomplete(tmp_path):
     matrix, _ = standard(tmp_path, complete=False)
@@ -594,6 +604,7 @@ def fuzz(tmp_path, cases, seed):
             if all(isinstance(v, bytes) for v in files.values()): damage(rng, files, folder)
         put(folder, files, was)
         was, partial = files, rng.random() < .3
+        if case % 5 == 0: str(verify_folder(folder, partial)) # never raises
         try:
             hs = HiddenStates(folder, partial=partial, verify="sha256" if hashed else "size")
             got = whole(hs)
@@ -673,6 +684,9 @@ def test_layers(tmp_path):
     layers = HiddenStates.open_layers(tmp_path, verify="sha256")
     assert list(layers) == [0, 2, 10, "embeddings"] and all(same(hs.read(0, 30), matrix + (k if type(k) is int else 0)) for k, hs in layers.items())
     assert verify_folder(tmp_path).ok and len(verify_folder(tmp_path).checks) == 4
+    assert list(HiddenStates.open_layers(tmp_path / "layer_10")) == [10] and list(HiddenStates.open_layers(tmp_path / "embeddings")) == [7]
+    edit(tmp_path / "embeddings", layer={}, stage="embeddings")
+    assert list(HiddenStates.open_layers(tmp_path / "embeddings")) == ["embeddings"]
     write(tmp_path / "layer_2", matrix, [30], layout(random.Random(2), [8, 0, 11, 11]))
     with pytest.raises(ValueError, match="layer_2: its samples are not those of layer_0"): HiddenStates.open_layers(tmp_path)
     assert not verify_folder(tmp_path).ok and "layer_2" in str(verify_folder(tmp_path))
@@ -704,7 +718,8 @@ class Hub(BaseHTTPRequestHandler):
             said = listed if "/tree/" in self.path else dict(id="a/b", sha="1" * 40, siblings=[dict(rfilename=n) for n in self.files], private=False, gated=False, disabled=False, tags=[], downloads=0, likes=0)
             return self.wfile.write(self.send(json.dumps(said).encode(), Content_Type="application/json"))
         name = self.path.split("/resolve/", 1)[-1].split("/", 1)[-1].split("?")[0]
-        if name not in self.files or self.refuse.get(name): return self.wfile.write(self.send(b"", 404, X_Error_Code="EntryNotFound"))
+        if refused := self.refuse.get(name): self.refuse[name] -= 1
+        if name not in self.files or refused: return self.wfile.write(self.send(b"", 404, X_Error_Code="EntryNotFound"))
         data, start = self.files[name], int(where.split("=")[1].split("-")[0]) if where else 0
         more = dict(Content_Range=f"bytes {start}-{len(data) - 1}/{len(data)}") if where else {}
         rest = self.send(data[start:], 206 if where else 200, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit="1" * 40, Accept_Ranges="bytes", **more)
@@ -781,16 +796,12 @@ def test_fetch(tmp_path, published):
 
 def test_fetch_goes_on(tmp_path, published):
     matrix, files = published
-    model, last = "olmo-3-7b-think", f"annotated_traces_reprs/olmo-3-7b-think/{shard_name(2)}"
+    model, last, call = "olmo-3-7b-think", f"annotated_traces_reprs/olmo-3-7b-think/{shard_name(2)}", [["olmo-3-7b-think", "states", str(tmp_path / "a")], {}]
     with hub(files) as (server, endpoint):
-        server.refuse[last] = True
-        first = fetch(endpoint, tmp_path, [[model, "states", str(tmp_path / "a")], {}])[0]
-        assert isinstance(first, str) and shard_name(2) not in below(tmp_path / "a")
-        server.refuse.clear(); server.log.clear()
-        second = fetch(endpoint, tmp_path, [[model, "states", str(tmp_path / "a")], {}])[0]
-        got = {path.rsplit("/", 1)[-1] for what, path, _ in server.log if what == "GET" and "/resolve/" in path}
-        assert shard_name(2) in got and shard_name(0) not in got and shard_name(1) not in got # only what was lacking
-        server.log.clear()
-        assert fetch(endpoint, tmp_path, [[model, "states", str(tmp_path / "a")], {}])[0] == second
-        assert not [path for what, path, _ in server.log if what == "GET" and "/resolve/" in path]
+        server.refuse[last] = 1
+        first, second, third = fetch(endpoint, tmp_path, call, call, call)
+        starts = [i for i, (_, path, _) in enumerate(server.log) if "/api/datasets/" in path and "/tree/" not in path and "/revision/" not in path]
+        got = [{path.rsplit("/", 1)[-1] for what, path, _ in server.log[a:b] if what == "GET" and "/resolve/" in path} for a, b in zip(starts, [*starts[1:], None])]
+    assert isinstance(first, str) and second == third and len(got) == 3 and set.union(*got) == {"config.json", "index.json", *(shard_name(k) for k in range(3))}
+    assert shard_name(2) not in got[0] and shard_name(2) in got[1] and shard_name(0) not in got[1] and not got[2] # each file once, and only what was lacking
     assert same(HiddenStates(second[model]).read(0, 3000), matrix)
