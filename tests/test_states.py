@@ -236,6 +236,23 @@ def test_gaps_between_samples_and_any_order(tmp_path):
     hs = HiddenStates(write(tmp_path, matrix, [20], samples))
     assert same(hs[0], matrix[12:17]) and same(hs[1], matrix[:4]) and len(hs[2]) == 0 and hs.verify().unclaimed == 11
 
+@pytest.mark.parametrize("change", [dict(num_tokens=10 ** 9), dict(num_tokens={"a": 1}), dict(num_samples="3"), dict(num_steps=None), dict(num_tokens=True)])
+def test_counts_of_others_are_doubts(tmp_path, change):
+    matrix, _ = standard(tmp_path, bare=True, **change)
+    hs = HiddenStates(tmp_path)
+    assert same(hs.read(0, 30), matrix) and len(hs.doubts) == 1 and hs.doubts[0].startswith(f"config.json: {next(iter(change))} is") and "doubtful" in str(verify_folder(tmp_path)) and verify_folder(tmp_path).ok
+    edit(tmp_path, schema="tracebook/representations/1")
+    with pytest.raises(ValueError, match=next(iter(change))): HiddenStates(tmp_path)
+
+@pytest.mark.parametrize("sizes", [[7, 0, 12, 12], [8, 0, 12, 11], [7, 0, 1, 11], [None, 0, 12, 11], [7.0, 0, 12, 11], ["7", [], {}, True], [2 ** 63] * 4])
+def test_sizes_of_others_are_doubts(tmp_path, sizes):
+    matrix, samples = standard(tmp_path, bare=True)
+    edit_sample(tmp_path, lambda s: [x.update(num_tokens=n) for x, n in zip(s, sizes)])
+    hs = HiddenStates(tmp_path)
+    assert len(hs.doubts) == 1 and "num_tokens is" in hs.doubts[0] and [len(x) for x in hs] == [7, 0, 12, 11]
+    edit(tmp_path, schema="tracebook/representations/1")
+    with pytest.raises(ValueError, match="index.json: samples"): HiddenStates(tmp_path)
+
 def test_keys_of_others_are_left_alone(tmp_path):
     matrix, _ = standard(tmp_path, bare=True)
     edit(tmp_path, schema=17, layer="last", model=["x"], dtype="torch.bfloat16", total={"a": [1.5, None]})
