@@ -40,7 +40,7 @@ from .tokens import TokenMap, _place_by_decoding, load_tokenizer, tokenize_trace
 from .toy import _quietly, load_toy, toy_traces
 
 # %% auto #0
-__all__ = ['STAGES', 'PUBLISHED_MODELS', 'Target', 'BadStates', 'merge_extractions', 'Manifest', 'extract_hidden_states']
+__all__ = ['STAGES', 'PUBLISHED_MODELS', 'Target', 'BadStates', 'merge_extractions', 'Manifest', 'extract_hidden_states', 'SCHEMA', 'ARTEFACTS', 'HiddenStates', 'StepRows', 'FolderCheck', 'VerifyReport', 'verify_folder', 'fetch_artefacts']
 
 # %% ../nbs/13_extract.ipynb #b5085d62
 class Target(NamedTuple):
@@ -1233,3 +1233,751 @@ def extract_hidden_states(
     with ExitStack() as stack:
         stack.enter_context(_borrowed(model, device, attn_implementation))
         return _extract(model, tokenizer, toy_traces(64) if rows is None else rows, partial(_place, out_dir, root), o, stack)
+
+# %% ../nbs/13a_states.ipynb #bfd89a07
+import hashlib
+import json
+import os
+import re
+import reprlib
+import stat
+from collections import Counter
+from glob import escape as glob_escape
+from html import escape
+from operator import index as as_index
+from pathlib import Path
+from typing import Any, Callable, Collection, Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from fastcore.basics import patch
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from .trace import visible
+
+# %% ../nbs/13a_states.ipynb #f68f1328
+_JSON_DEPTH = 32 # levels of brackets
+_SIGNS = np.zeros(256, np.int8)
+_SIGNS[list(b"[{")], _SIGNS[list(b"]}")] = 1, -1
+
+def _brackets(data: bytes) -> np.ndarray: # int8: 1 opens, -1 closes
+    "The brackets of a JSON text that are not inside of a string."
+    plain = np.frombuffer(data.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+    signs = _SIGNS[plain] * (np.cumsum(plain == 34, dtype=np.uint8) % 2 == 0)
+    return signs[signs != 0]
+
+# %% ../nbs/13a_states.ipynb #d6adbf53
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    out = dict(pairs)
+    if len(out) < len(pairs): raise ValueError(f"key {reprlib.repr(Counter(k for k, _ in pairs).most_common(1)[0][0])} appears twice")
+    return out
+
+def _finite_number(text: str) -> float:
+    x = float(text)
+    if x - x != 0: raise ValueError(f"{text[:40]} is no number of JSON")
+    return x
+
+# %% ../nbs/13a_states.ipynb #a80540f7
+def _strict_json(data: bytes, where: str, containers: int | None = None) -> dict:
+    "A JSON object that means one thing; ValueError, which begins with `where`, for anything else. `containers`: at most so many objects and lists."
+    found = _brackets(data)
+    try:
+        if found.cumsum(dtype=np.int32).max(initial=0) > _JSON_DEPTH: raise ValueError(f"the JSON is nested deeper than {_JSON_DEPTH} levels")
+        if containers is not None and (found == 1).sum() > containers: raise ValueError(f"the JSON holds more than {containers} objects and lists")
+        out = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_finite_number, parse_float=_finite_number)
+        if not isinstance(out, dict): raise ValueError(f"the JSON is {reprlib.repr(out)}, not an object")
+        return out
+    except (ValueError, RecursionError) as e: raise ValueError(f"{where}: {visible(str(e))[:300]}") from None
+
+# %% ../nbs/13a_states.ipynb #08b4b285
+def _file_in(folder: Path, name: str) -> Path: # with links followed
+    "A regular file in a folder; ValueError or FileNotFoundError, which begin with its name."
+    path = Path(os.path.realpath(folder/name))
+    if folder not in path.parents: raise ValueError(f"{name}: leads out of the folder, to {visible(str(path))}; files must lie in {visible(str(folder))} (download with local_dir, not into the hub's cache)")
+    try: mode = path.stat().st_mode
+    except FileNotFoundError: raise FileNotFoundError(f"{name}: not there in {visible(str(folder))}") from None
+    if not stat.S_ISREG(mode): raise ValueError(f"{name}: not a regular file")
+    return path
+
+# %% ../nbs/13a_states.ipynb #2e0f4838
+def _shown(value: Any) -> str: return "missing" if value is _ABSENT else visible(reprlib.repr(value))
+
+def _plain_name(name: Any, where: str) -> str:
+    "A name that is one plain file name; ValueError for any other."
+    plain = isinstance(name, str) and name == visible(name) and not set(name) & set("/\\:\t\n") and ".." not in name
+    if not plain or name.startswith(".") or not name.endswith(".safetensors") or len(name.encode()) > 255:
+        raise ValueError(f"{where}.file is {_shown(name)}; it must be one plain file name that ends in .safetensors")
+    return name
+
+_ABSENT = object()
+
+# %% ../nbs/13a_states.ipynb #93d08bc8
+def _read_bytes(folder: Path, name: str, most: int) -> bytes:
+    "A whole file, if it is not larger than `most` bytes."
+    path = _file_in(folder, name)
+    if (size := path.stat().st_size) > most: raise ValueError(f"{name}: {size:,} bytes, more than max_json={most:,}")
+    return path.read_bytes()
+
+# %% ../nbs/13a_states.ipynb #e0660b0a
+_MOST_ROWS = 1 << 40
+
+def _int_column(items: list[dict], key: str, where: Callable[[int], str]) -> np.ndarray: # int64
+    "A column of true integers from 0 on; ValueError names the first that is none."
+    values = [x.get(key, _ABSENT) for x in items]
+    if set(map(type, values)) <= {int} and 0 <= min(values, default=0) and max(values, default=0) <= _MOST_ROWS: return np.array(values, np.int64)
+    i = next(i for i, v in enumerate(values) if type(v) is not int or not 0 <= v <= _MOST_ROWS)
+    raise ValueError(f"{where(i)}.{key} is {_shown(values[i])}; it must be an integer from 0 to 2**40")
+
+def _dict_list(x: dict, key: str, where: str) -> list[dict]:
+    "A list of objects under a key; ValueError if it is none."
+    values = x.get(key, _ABSENT)
+    if not isinstance(values, list): raise ValueError(f"{where}{key} is {_shown(values)}; it must be a list")
+    for i, v in enumerate(values):
+        if not isinstance(v, dict): raise ValueError(f"{where}{key}[{i}] is {_shown(v)}; it must be an object")
+    return values
+
+# %% ../nbs/13a_states.ipynb #1f1d5979
+def _label_column(items: list[dict], key: str, where: Callable[[int], str]) -> np.ndarray: # objects: str, int or None
+    "A column of labels."
+    values = [x.get(key) for x in items]
+    if not set(map(type, values)) <= {str, int, type(None)}:
+        i = next(i for i, v in enumerate(values) if type(v) not in (str, int, type(None)))
+        raise ValueError(f"{where(i)}.{key} is {_shown(values[i])}; it must be a text, a whole number or null")
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
+
+# %% ../nbs/13a_states.ipynb #aaf59716
+_DTYPES = dict(BF16=torch.bfloat16, F16=torch.float16, F32=torch.float32)
+_MOST_HEADER = 100_000_000 # bytes
+
+def _shard_header(path: Path, name: str) -> tuple[dict, int]: # the header, and how many bytes follow it
+    "The header of a safetensors file; ValueError if it cannot be right."
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if size < 8 or n > min(_MOST_HEADER, size - 8): raise ValueError(f"{name}: a header of {n:,} bytes in a file of {size:,}; the file is cut off or no safetensors file")
+        return _strict_json(f.read(n), name, containers=8), size - 8 - n
+
+def _is_pair(x: Any) -> bool: return isinstance(x, list) and len(x) == 2 and all(type(v) is int and v >= 0 for v in x)
+
+# %% ../nbs/13a_states.ipynb #6807339d
+def _shard_matrix(path: Path, name: str) -> tuple[torch.dtype, int, int]: # dtype, rows, width
+    "What a shard holds; ValueError unless it is one matrix `hidden_states` that fills the file."
+    header, size = _shard_header(path, name)
+    tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+    if list(tensors) != ["hidden_states"] or not isinstance(info := tensors["hidden_states"], dict): raise ValueError(f"{name}: holds {_shown(list(tensors))}; it must hold one tensor, hidden_states")
+    dtype, shape, offsets = (info.get(k) for k in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES: raise ValueError(f"{name}: dtype is {_shown(dtype)}; it must be one of {', '.join(_DTYPES)}")
+    if not _is_pair(shape) or not shape[1]: raise ValueError(f"{name}: shape is {_shown(shape)}; it must be [rows, width]")
+    if offsets != [0, size] or not _is_pair(offsets) or shape[0] * shape[1] * _DTYPES[dtype].itemsize != size:
+        raise ValueError(f"{name}: {size:,} bytes of numbers, data_offsets {_shown(offsets)}, for a shape of {_shown(shape)} in {dtype}")
+    return _DTYPES[dtype], *shape
+
+# %% ../nbs/13a_states.ipynb #233a1a6a
+class _ShardFile(NamedTuple):
+    file: str # plain name
+    start: int # global row
+    end: int
+    path: Path | None # None: not there
+    state: tuple # size, time of change and inode when it was opened
+    said: dict # by the config
+
+def _file_state(path: Path) -> tuple:
+    s = path.stat()
+    return s.st_size, s.st_mtime_ns, s.st_ino
+
+# %% ../nbs/13a_states.ipynb #0f43af5f
+def _shard_ranges(config: dict) -> list[tuple[str, int, int]]: # (file, first row, row after the last)
+    "The shards that a config names; ValueError unless they make one matrix."
+    said, at = _dict_list(config, "shards", "config.json: "), 0
+    starts, ends = (_int_column(said, key, "config.json: shards[{}]".format).tolist() for key in ("token_start", "token_end"))
+    files = [_plain_name(s.get("file", _ABSENT), f"config.json: shards[{i}]") for i, s in enumerate(said)]
+    for i, (a, b) in enumerate(zip(starts, ends)):
+        if a != at or b < a: raise ValueError(f"config.json: shards[{i}] has the rows [{a}, {b}); it must begin at row {at}, where the shard before it ends")
+        at = b
+    if len(set(files)) < len(files): raise ValueError(f"config.json: shards name {Counter(files).most_common(1)[0][0]} twice")
+    return list(zip(files, starts, ends))
+
+# %% ../nbs/13a_states.ipynb #2d30e24c
+def _look_at(folder: Path, said: dict, file: str, start: int, end: int, partial: bool) -> tuple[_ShardFile, tuple | None]: # the shard, and (dtype, width)
+    "One shard, looked at; with `partial` it may be absent."
+    try: path = _file_in(folder, file)
+    except FileNotFoundError:
+        if not partial: raise
+        return _ShardFile(file, start, end, None, (), said), None
+    size, nbytes, sha = path.stat().st_size, said.get("nbytes"), said.get("sha256")
+    if nbytes is not None and (type(nbytes) is not int or nbytes != size): raise ValueError(f"{file}: {size:,} bytes, but nbytes in config.json is {_shown(nbytes)}")
+    if sha is not None and not (isinstance(sha, str) and re.fullmatch("[0-9a-f]{64}", sha)): raise ValueError(f"{file}: sha256 in config.json is {_shown(sha)}; it must be 64 digits of 0-9a-f")
+    dtype, rows, width = _shard_matrix(path, file)
+    if rows != end - start: raise ValueError(f"{file}: {rows} rows, but config.json gives it the rows [{start}, {end})")
+    return _ShardFile(file, start, end, path, _file_state(path), said), (dtype, width)
+
+# %% ../nbs/13a_states.ipynb #28f506af
+class HiddenStates:
+    "A folder of hidden states: one matrix with a row for each token, and what its rows are."
+    def __init__(self,
+        folder: str | Path, # with config.json, index.json and the shards
+        partial: bool = False, # whether shards may be absent, and the folder incomplete
+        verify: str = "size", # "size": sizes, headers and shapes; "sha256": also the hash of each shard that has one
+        *,
+        max_json: int = 1 << 28, # bytes of config.json and of index.json, each
+    ): # ValueError for a damaged folder, OSError for one that cannot be read
+        if verify not in ("size", "sha256"): raise ValueError(f"verify={verify!r} is unknown; choose size or sha256")
+        self.folder, self.partial, self.doubts, self._open = Path(os.path.realpath(folder)), partial, [], {}
+        if not self.folder.is_dir(): raise FileNotFoundError(f"there is no folder {visible(str(folder))}")
+        self.config = _strict_json(_read_bytes(self.folder, "config.json", max_json), "config.json")
+        self._read_config()
+        data = _read_bytes(self.folder, "index.json", max_json)
+        if self.config.get("index_sha256", sha := hashlib.sha256(data).hexdigest()) != sha: raise ValueError(f"index.json: its sha256 is not index_sha256 of config.json, {_shown(self.config['index_sha256'])}")
+        self._read_index(_strict_json(data, "index.json"))
+        if verify == "sha256": self._check_hashes()
+
+# %% ../nbs/13a_states.ipynb #67e4f91d
+SCHEMA = "tracebook/representations/1" # of the folders that this package writes
+
+@patch
+def _doubt(self: HiddenStates, message: str) -> None:
+    "An error in a folder of this package; in one of others, whose key may mean something else, a note."
+    if self.config.get("schema") == SCHEMA: raise ValueError(message)
+    self.doubts.append(message)
+
+@patch
+def _check_said(self: HiddenStates, key: str, found: Any, also: Collection = ()) -> None:
+    "ValueError, or for a count perhaps a doubt, if the config has a key, and under it neither what was found nor one of `also`."
+    said = self.config.get(key, found)
+    if type(said) is type(found) and (said == found or said in also): return
+    message = f"config.json: {key} is {_shown(said)}, but the folder has {_shown(found)}"
+    if not key.startswith("num_"): raise ValueError(message)
+    self._doubt(message)
+
+def _is_text(x: Any) -> bool: return x is None or isinstance(x, str)
+
+# %% ../nbs/13a_states.ipynb #dc492162
+@patch
+def _read_config(self: HiddenStates) -> None:
+    "Shards, width and dtype, from the config and from the files."
+    schema, complete = self.config.get("schema"), self.config.get("complete", True)
+    if isinstance(schema, str) and schema.startswith("tracebook/") and schema != SCHEMA: raise ValueError(f"config.json: schema is {_shown(schema)}; this version reads {SCHEMA}")
+    if complete is not True and not (complete is False and self.partial): raise ValueError(f"config.json: complete is {_shown(complete)}; partial=True reads what is there")
+    if not _is_text(self.config.get("stage")): raise ValueError(f"config.json: stage is {_shown(self.config['stage'])}; it must be a text")
+    found = [_look_at(self.folder, said, *r, self.partial) for said, r in zip(self.config.get("shards") or [], _shard_ranges(self.config))]
+    self._shards, kinds = [s for s, _ in found], {k: s.file for s, k in reversed(found) if k}
+    if len(kinds) > 1: raise ValueError(f"the shards differ: {'; '.join(f'{f} has {str(k[0])[6:]} and width {k[1]}' for k, f in kinds.items())}")
+    self.num_tokens, self._ends = (self._shards[-1].end if self._shards else 0), np.array([s.end for s in self._shards], np.int64)
+    self._check_said("num_tokens", self.num_tokens)
+    self._read_kind(next(iter(kinds), None))
+    for s in self._shards:
+        if s.path: self._mapped(s) # safetensors has its own opinion of a header
+
+# %% ../nbs/13a_states.ipynb #8ab7137f
+_DTYPE_NAMES = {str(d)[6:]: d for d in _DTYPES.values()} # such as "bfloat16"
+
+@patch
+def _read_kind(self: HiddenStates, kind: tuple | None) -> None:
+    "Width and dtype: what the shards have; where no shard is there, what the config says, or None."
+    dtype, width = self.config.get("dtype"), self.config.get("hidden_dim")
+    if kind:
+        self.dtype, self.hidden_dim = kind
+        self._check_said("hidden_dim", self.hidden_dim)
+        return self._check_said("dtype", str(self.dtype)[6:], [str(self.dtype)])
+    known = _DTYPE_NAMES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else None
+    if dtype is not None and known is None: raise ValueError(f"config.json: dtype is {_shown(dtype)}; it must be one of {', '.join(_DTYPE_NAMES)}")
+    if width is not None: width = int(_int_column([self.config], "hidden_dim", lambda _: "config.json")[0])
+    self.dtype, self.hidden_dim = known, width
+
+# %% ../nbs/13a_states.ipynb #1ae22c85
+@patch
+def _read_index(self: HiddenStates, index: dict) -> None:
+    "Samples and steps as columns of numbers."
+    self.index, self.samples = index, _dict_list(index, "samples", "index.json: ")
+    lists = [_dict_list(s, "steps", f"index.json: samples[{i}].") for i, s in enumerate(self.samples)]
+    self._steps, counts = [s for l in lists for s in l], np.array([len(l) for l in lists], np.int64)
+    self._first, self._sample = np.r_[0, counts.cumsum()], np.repeat(np.arange(len(counts)), counts)
+    self._start, self._end = (_int_column(self._steps, key, self._where) for key in ("token_start", "token_end"))
+    self._offset = _int_column(self.samples, "global_offset", "index.json: samples[{}]".format)
+    self._check_said("num_samples", len(self.samples))
+    self._check_said("num_steps", len(self._steps))
+    self._size_samples()
+    for key in ("category", "macro", "segment"): setattr(self, "_" + key, _label_column(self._steps, key, self._where))
+
+@patch
+def _where(self: HiddenStates, k: int) -> str:
+    "The place of a step in the index."
+    i = self._sample[k]
+    return f"index.json: samples[{i}].steps[{k - self._first[i]}]"
+
+# %% ../nbs/13a_states.ipynb #80b1ded5
+@patch
+def _said_sizes(self: HiddenStates, room: np.ndarray, reach: np.ndarray) -> np.ndarray: # int64, one a sample
+    "The `num_tokens` of the samples, where they have it and it can be right; else the room up to the next sample."
+    if not any("num_tokens" in s for s in self.samples): return room
+    try: said = _int_column(self.samples, "num_tokens", "index.json: samples[{}]".format)
+    except ValueError as e: self._doubt(str(e)); return room
+    wrong = np.flatnonzero((said > room) | (reach > said) & (self.config.get("schema") != SCHEMA))
+    for i in wrong[:1]: self._doubt(f"index.json: samples[{i}].num_tokens is {said[i]}, but there is room for {room[i]} rows, and its steps reach to {reach[i]}")
+    return room if len(wrong) else said
+
+# %% ../nbs/13a_states.ipynb #1a33ce69
+@patch
+def _size_samples(self: HiddenStates) -> None:
+    "How many rows each sample has; ValueError for samples outside of the folder and for steps outside of their sample."
+    reach, room = np.zeros((2, len(self.samples)), np.int64)
+    np.maximum.at(reach, self._sample, self._end)
+    order = np.lexsort((reach, self._offset)) # of two that begin at the same row, the one without tokens is first
+    room[order] = np.r_[self._offset[order][1:], self.num_tokens] - self._offset[order]
+    for i in np.flatnonzero(room < 0)[:1]: raise ValueError(f"index.json: samples[{i}].global_offset is {self._offset[i]}; there are {self.num_tokens} rows")
+    self._size = self._said_sizes(room, reach)
+    for k in np.flatnonzero((self._start > self._end) | (self._end > self._size[self._sample]))[:1]:
+        raise ValueError(f"{self._where(k)} has the tokens [{self._start[k]}, {self._end[k]}); its sample has {self._size[self._sample[k]]}")
+
+# %% ../nbs/13a_states.ipynb #bc5ab123
+@patch
+def _mapped(self: HiddenStates, shard: _ShardFile) -> torch.Tensor: # [rows of the shard, width], not to be written to
+    "A shard, mapped into memory."
+    if shard.path is None: raise FileNotFoundError(f"{shard.file}: not there in {visible(str(self.folder))}, and it holds the rows [{shard.start}, {shard.end})")
+    if _file_state(shard.path) != shard.state: raise ValueError(f"{shard.file}: changed since the folder was opened")
+    if (found := self._open.get(shard.file)) is not None: return found
+    try:
+        with safe_open(shard.path, framework="pt") as f: found = f.get_slice("hidden_states")[:]
+    except SafetensorError as e: raise ValueError(f"{shard.file}: {visible(str(e))[:300]}") from None
+    if found.dtype != self.dtype or found.shape != (shard.end - shard.start, self.hidden_dim): raise ValueError(f"{shard.file}: {tuple(found.shape)} in {found.dtype} after all")
+    if len(self._open) >= 64: self._open.pop(next(iter(self._open)))
+    return self._open.setdefault(shard.file, found)
+
+# %% ../nbs/13a_states.ipynb #745fe495
+@patch
+def _parts(self: HiddenStates, start: int, end: int) -> list[torch.Tensor]:
+    "The rows [start, end), from all shards that have some of them."
+    k, parts = int(np.searchsorted(self._ends, start, "right")), []
+    while k < len(self._shards) and (s := self._shards[k]).start < end:
+        a, b = max(start, s.start), min(end, s.end)
+        if a < b: parts.append(self._mapped(s)[a - s.start:b - s.start])
+        k += 1
+    if sum(map(len, parts)) != end - start: raise ValueError(f"config.json: {sum(map(len, parts))} of the rows [{start}, {end}) are in the shards")
+    return parts
+
+@patch
+def _joined(self: HiddenStates, parts: list[torch.Tensor]) -> torch.Tensor:
+    if not parts and self.hidden_dim is None: raise ValueError(f"config.json: no hidden_dim, and no shard is there to tell how wide a row is")
+    return torch.cat(parts) if parts else torch.empty(0, self.hidden_dim, dtype=self.dtype or torch.float32)
+
+# %% ../nbs/13a_states.ipynb #c6c1277f
+@patch
+def read(self: HiddenStates,
+    start: int, # global row
+    end: int, # global row after the last
+) -> torch.Tensor: # [end - start, width] in the dtype of the folder; ValueError outside of the folder, FileNotFoundError if a shard is absent
+    "Rows of the whole matrix, stitched over the shards."
+    start, end = as_index(start), as_index(end)
+    if not 0 <= start <= end <= self.num_tokens: raise ValueError(f"rows [{start}, {end}) are not among the {self.num_tokens} rows of {visible(str(self.folder))}")
+    return self._joined(self._parts(start, end))
+
+# %% ../nbs/13a_states.ipynb #b15e79a6
+@patch
+def __len__(self: HiddenStates) -> int: return len(self.samples)
+
+def _from_end(i: int, n: int, what: str) -> int:
+    "A place in a list of n, negative ones from the end; IndexError outside."
+    if not -n <= (i := as_index(i)) < n: raise IndexError(f"{what} {i} of {n}")
+    return i % n
+
+@patch
+def __getitem__(self: HiddenStates,
+    i: int | slice, # number of a sample, or several
+) -> torch.Tensor | list[torch.Tensor]: # [tokens of the sample, width]; a list for a slice
+    "The rows of a sample."
+    if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
+    i = _from_end(i, len(self), "sample")
+    return self.read(self._offset[i], self._offset[i] + self._size[i])
+
+# %% ../nbs/13a_states.ipynb #32602278
+@patch
+def step(self: HiddenStates,
+    i: int, # number of a sample
+    j: int, # number of a step in it
+) -> torch.Tensor: # [tokens of the step, width]
+    "The rows of a step, whole, also where it lies across shards."
+    i = _from_end(i, len(self), "sample")
+    k = self._first[i] + _from_end(j, len(self.samples[i]["steps"]), f"sample {i}, step")
+    return self.read(self._offset[i] + self._start[k], self._offset[i] + self._end[k])
+
+# %% ../nbs/13a_states.ipynb #af0a7bf8
+_KNOWN_KEYS = {"config.json: ": "schema model revision tokenizer_sha256 num_hidden_layers layer stage hf_index hidden_dim dtype num_tokens num_samples num_steps extraction source complete",
+    "config.json: shards[].": "sha256 nbytes first_sample last_sample", "index.json: ": "schema",
+    "index.json: samples[].": "id num_tokens prompt_tokens text_sha256 token_ids_sha256 segments alignment",
+    "index.json: samples[].steps[].": "char_start char_end category macro segment"}
+
+@patch(as_prop=True)
+def missing(self: HiddenStates) -> tuple[str, ...]: # such as "config.json: stage"
+    "The keys of this package's own folders that are absent, in at least one place."
+    found = [self.config], self.config["shards"], [self.index], self.samples, self._steps
+    return tuple(where + key for (where, keys), items in zip(_KNOWN_KEYS.items(), found) for key in keys.split() if any(key not in x for x in items))
+
+@patch(as_prop=True)
+def stage(self: HiddenStates) -> str: # "resid_post", "final_norm", or what the folder calls it
+    "Where in the model the rows were taken."
+    return self.config.get("stage") or "unknown"
+
+# %% ../nbs/13a_states.ipynb #d8bed4e4
+@patch(as_prop=True)
+def absent(self: HiddenStates) -> tuple[str, ...]: # file names
+    "The shards that are not there."
+    return tuple(s.file for s in self._shards if s.path is None)
+
+@patch(as_prop=True)
+def readable(self: HiddenStates) -> np.ndarray: # int64, numbers of samples
+    "The samples all of whose rows are there."
+    gone = np.r_[0, np.cumsum([s.path is None for s in self._shards if s.end > s.start])] # how many shards are absent before each
+    ends = np.array([s.end for s in self._shards if s.end > s.start], np.int64)
+    a, b = np.searchsorted(ends, self._offset, "right"), np.searchsorted(ends, self._offset + self._size, "left")
+    return np.flatnonzero((self._size == 0) | (gone[np.minimum(b + 1, len(ends))] == gone[np.minimum(a, len(ends))]))
+
+# %% ../nbs/13a_states.ipynb #f41b5704
+class StepRows:
+    "A stream of blocks of rows, each with its labels; it can be gone through more than once."
+    def __init__(self,
+        states: HiddenStates, # the folder
+        chosen: np.ndarray, # int64, numbers of steps in the order of the index
+        pooling: str, # "all", "mean", "first" or "last"
+        block_rows: int, # rows of a block, of the last one fewer
+    ):
+        sizes = states._end[chosen] - states._start[chosen]
+        self.states, self.pooling, self.block_rows, self.empty = states, pooling, block_rows, int((sizes == 0).sum())
+        self._chosen = chosen[sizes > 0]
+        self._a, self._b = states._start[self._chosen], states._end[self._chosen]
+        if pooling == "first": self._b = self._a + 1
+        if pooling == "last": self._a = self._b - 1
+
+    @property
+    def steps(self) -> int: return len(self._chosen) # steps with a token
+
+    @property
+    def num_rows(self) -> int: return int((self._b - self._a).sum()) if self.pooling == "all" else self.steps # of all blocks
+
+    def __len__(self) -> int: return -(-self.num_rows // self.block_rows) # blocks
+
+# %% ../nbs/13a_states.ipynb #46034159
+@patch
+def _labelled(self: StepRows, which: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    "The labels of rows made of the tokens [a, b) of the chosen steps."
+    s, k = self.states, self._chosen[which]
+    out = dict(sample=s._sample[k], step=k - s._first[s._sample[k]], token_start=a, token_end=b)
+    return out | dict(category=s._category[k], macro=s._macro[k], segment=s._segment[k])
+
+@patch
+def _gather(self: StepRows, k: np.ndarray, a: np.ndarray, b: np.ndarray) -> torch.Tensor:
+    "The tokens [a, b) of each of these steps, one after the other; what touches is read in one go."
+    offset = self.states._offset[self.states._sample[self._chosen[k]]]
+    a, b = a + offset, b + offset
+    new = np.flatnonzero(a[1:] != b[:-1]) + 1
+    runs = zip(a[np.r_[0, new]].tolist(), b[np.r_[new - 1, len(b) - 1]].tolist())
+    return self.states._joined([p for start, end in runs for p in self.states._parts(start, end)])
+
+# %% ../nbs/13a_states.ipynb #31c4d2ec
+@patch
+def _tokens(self: StepRows) -> Iterator[tuple[torch.Tensor, dict]]:
+    "Blocks of single tokens."
+    ends = (self._b - self._a).cumsum() # of each step among the rows of the stream
+    total = self.num_rows
+    for low in range(0, total, self.block_rows):
+        high = min(low + self.block_rows, total)
+        k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
+        start = self._b[k] - ends[k] # what to add to a place in the stream to get a token of the sample
+        a, b = np.maximum(self._a[k], low + start), np.minimum(self._b[k], high + start)
+        n = b - a
+        token = np.arange(low, high) + np.repeat(start, n)
+        yield self._gather(k, a, b), self._labelled(np.repeat(k, n), token, token + 1)
+
+# %% ../nbs/13a_states.ipynb #85a8852f
+_PIECE = 1024 # rows of a step that are up-cast at once
+
+@patch
+def _mean(self: HiddenStates, start: int, end: int) -> torch.Tensor: # float64 [width]
+    "The mean of rows of the matrix."
+    total = torch.zeros(self.hidden_dim or 0, dtype=torch.float64)
+    for a in range(start, end, _PIECE):
+        parts = self._parts(a, min(a + _PIECE, end))
+        total += (parts[0] if len(parts) == 1 else torch.cat(parts)).double().sum(0)
+    return total / (end - start)
+
+@patch
+def _means(self: StepRows) -> Iterator[tuple[torch.Tensor, dict]]:
+    "Blocks of means of steps."
+    for low in range(0, self.steps, self.block_rows):
+        k = np.arange(low, min(low + self.block_rows, self.steps))
+        offset = self.states._offset[self.states._sample[self._chosen[k]]]
+        rows = [self.states._mean(a, b) for a, b in zip((offset + self._a[k]).tolist(), (offset + self._b[k]).tolist())]
+        yield torch.stack(rows), self._labelled(k, self._a[k], self._b[k])
+
+@patch
+def __iter__(self: StepRows) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]: return self._means() if self.pooling == "mean" else self._tokens()
+
+# %% ../nbs/13a_states.ipynb #67947d9e
+def _is_wanted(values: np.ndarray, wanted: Any, name: str) -> np.ndarray: # bool
+    "Which values are among those wanted; ValueError if one of these is nowhere."
+    wanted = {wanted} if isinstance(wanted, (str, int)) else set(wanted)
+    known = set(values.tolist())
+    if lost := wanted - known: raise ValueError(f"no step has {name} {_shown(sorted(map(str, lost)))}; there are {visible(', '.join(sorted(map(str, known)))[:300])}")
+    return np.fromiter((v in wanted for v in values), bool, len(values))
+
+# %% ../nbs/13a_states.ipynb #a7b6b2ee
+@patch
+def rows(self: HiddenStates,
+    category: str | Collection[str] | None = None, # one or several; None: all
+    macro: str | Collection[str] | None = None, # likewise
+    segment: str | Collection[str] | None = None, # "thought" or "solution"; None: all
+    pooling: str = "all", # "all": each token; "mean", "first", "last": one row a step
+    block_rows: int = 8192, # rows of a block
+    *,
+    samples: Sequence[int] | None = None, # numbers of samples, such as `readable`; None: all
+) -> StepRows: # of (rows [n, width], labels); float64 for means, else the dtype of the folder
+    "The rows of all steps of a kind, as a stream of blocks, in the order of the index."
+    if pooling not in ("all", "mean", "first", "last"): raise ValueError(f"pooling={pooling!r} is unknown; choose all, mean, first or last")
+    if as_index(block_rows) < 1: raise ValueError(f"block_rows={block_rows}; a block has at least one row")
+    keep = np.ones(len(self._steps), bool)
+    for name, wanted in dict(category=category, macro=macro, segment=segment).items():
+        if wanted is not None: keep &= _is_wanted(getattr(self, "_" + name), wanted, name)
+    if samples is not None: keep &= np.isin(self._sample, [_from_end(i, len(self), "sample") for i in samples])
+    return StepRows(self, np.flatnonzero(keep), pooling, block_rows)
+
+# %% ../nbs/13a_states.ipynb #972a58ef
+def _file_hash(path: Path, tick: Callable[[int], None] = lambda n: None) -> str:
+    "The hash of a file; `tick` is told how many bytes were read each time."
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while piece := f.read(1 << 22): digest.update(piece); tick(len(piece))
+    return digest.hexdigest()
+
+@patch
+def _check_hashes(self: HiddenStates) -> None:
+    "ValueError if a shard is not the one that the config means."
+    for s in self._shards:
+        if s.path and s.said.get("sha256") and _file_hash(s.path) != s.said["sha256"]: raise ValueError(f"{s.file}: its sha256 is not the one in config.json, {s.said['sha256']}")
+
+# %% ../nbs/13a_states.ipynb #887c1886
+def _journal_lines(folder: Path) -> Iterator[tuple[str, bytes, bool]]: # place, line, whether it is the last
+    "The lines of the journals; an extraction by several processes has one of each."
+    for name in sorted(n for n in os.listdir(folder) if re.fullmatch(r"journal(\.rank\d+-of-\d+)?\.jsonl", n)):
+        lines = _read_bytes(folder, name, 1 << 28).split(b"\n")
+        for i, line in enumerate(lines):
+            if line.strip(): yield f"{name}: line {i + 1}", line, i == len(lines) - 1
+
+@patch
+def _journal(self: HiddenStates) -> tuple[int, list[str]]: # shards that the journal knows, problems
+    "Hold the journal of the extraction against the config; a torn last line is what a kill leaves, and no problem."
+    said, known, problems = {s.file: s.said for s in self._shards}, {}, []
+    for where, line, last in _journal_lines(self.folder):
+        try: entry = _strict_json(line, where)
+        except ValueError as e: problems += [] if last else [str(e)]; continue
+        if isinstance(file := entry.get("file"), str) and file in said: known[file] = where, entry
+    for file, (where, entry) in known.items():
+        differ = sorted(k for k in entry.keys() & said[file].keys() if entry[k] != said[file][k])
+        problems += [f"{where}: {k} of {file} is {_shown(entry[k])}, in config.json {_shown(said[file][k])}" for k in differ]
+    return len(known), problems
+
+# %% ../nbs/13a_states.ipynb #824bc9e0
+@patch
+def _non_finite(self: HiddenStates, shard: _ShardFile) -> tuple[int, str]: # rows, and where the first one is
+    "Count the rows of a shard that hold NaN or an infinity."
+    count, first, rows = 0, "", self._mapped(shard)
+    for a in range(0, len(rows), piece := max(1, (1 << 22) // rows.shape[1])):
+        bad = (~torch.isfinite(rows[a:a + piece])).any(1).nonzero()[:, 0]
+        if len(bad) and not count:
+            row = shard.start + a + int(bad[0])
+            i = next(iter(np.flatnonzero((self._offset <= row) & (row < self._offset + self._size))), None)
+            first = f"row {row}" + ("" if i is None else f", sample {i}, token {row - self._offset[i]}")
+        count += len(bad)
+    return count, first
+
+# %% ../nbs/13a_states.ipynb #11741f87
+class FolderCheck(NamedTuple):
+    "What a look at every byte of one folder has found."
+    folder: str
+    facts: dict[str, Any] # model, layer, stage, dtype, hidden_dim, num_tokens, num_samples, num_steps, shards
+    hashed: int = 0 # shards whose hash was compared
+    journalled: int = 0 # shards that the journal knows
+    non_finite: int = 0 # rows with NaN or an infinity
+    empty_steps: int = 0 # steps without a token
+    unclaimed: int = 0 # rows that belong to no sample
+    absent: tuple[str, ...] = () # shards that are not there, where that was allowed
+    missing: tuple[str, ...] = () # keys that this package's folders have
+    doubts: tuple[str, ...] = () # what may be wrong, or mean something else in a folder of others
+    problems: tuple[str, ...] = () # what is wrong
+
+    @property
+    def ok(self) -> bool: return not self.problems # nothing is wrong with what is there
+
+# %% ../nbs/13a_states.ipynb #bb48419c
+@patch
+def facts(self: HiddenStates) -> dict[str, Any]: # None: the folder does not say
+    "What the rows are, and how many there are."
+    said = {k: self.config.get(k) for k in ("model", "layer")}
+    return said | dict(stage=self.stage, dtype=self.dtype and str(self.dtype)[6:], hidden_dim=self.hidden_dim, num_tokens=self.num_tokens, num_samples=len(self), num_steps=len(self._steps), shards=len(self._shards))
+
+# %% ../nbs/13a_states.ipynb #78c6ff69
+@patch
+def _check(self: HiddenStates, progress: Callable[[int, int], None] | None = None) -> FolderCheck:
+    "Look at every byte."
+    here, done, hashed, bad = [s for s in self._shards if s.path], 0, 0, 0
+    total = sum(s.state[0] for s in here)
+    try: journalled, problems = self._journal()
+    except (ValueError, OSError) as e: journalled, problems = 0, [str(e)]
+    def tick(n):
+        nonlocal done
+        done += n
+        if progress: progress(done, total)
+    for s in here:
+        try:
+            said, sha, (n, first) = s.said.get("sha256"), _file_hash(s.path, tick), self._non_finite(s)
+            hashed, bad = hashed + bool(said), bad + n
+            if said and said != sha: problems.append(f"{s.file}: its sha256 is {sha}, in config.json {said}")
+            if n: problems.append(f"{s.file}: {n} rows are not finite; the first is {first}")
+        except (ValueError, OSError) as e: problems.append(str(e))
+    return FolderCheck(str(self.folder), self.facts(), hashed, journalled, bad, int((self._start == self._end).sum()), self.num_tokens - int(self._size.sum()), self.absent, self.missing, tuple(self.doubts), tuple(problems))
+
+@patch
+def verify(self: HiddenStates,
+    progress: Callable[[int, int], None] | None = None, # called with the bytes looked at and those in all
+) -> FolderCheck: # ValueError, with all that is wrong, for a damaged folder
+    "Look at every byte: hashes, journal, and whether all numbers are finite."
+    found = self._check(progress)
+    if found.problems: raise ValueError("\n".join(found.problems))
+    return found
+
+# %% ../nbs/13a_states.ipynb #95744f08
+def _layer_folders(folder: Path) -> dict[int | str, Path]: # by number, or by name for what is no block
+    "The folders `layer_…` and `embeddings` of a folder, in order."
+    found = [p for p in folder.iterdir() if (p.name.startswith("layer_") or p.name == "embeddings") and p.is_dir()]
+    for p in found:
+        if Path(os.path.realpath(p)).parent != folder: raise ValueError(f"{visible(p.name)}: leads out of {visible(str(folder))}")
+    keys = {int(k) if re.fullmatch("[0-9]{1,9}", k := p.name.removeprefix("layer_")) else k: p for p in found}
+    return dict(sorted(keys.items(), key=lambda x: (isinstance(x[0], str), x[0])))
+
+@patch(cls_method=True)
+def open_layers(cls: HiddenStates,
+    folder: str | Path, # that holds folders layer_0, layer_1, …
+    **kwargs: Any, # partial, verify, max_json
+) -> dict[int | str, HiddenStates]: # by layer; by name or stage for what is no block
+    "Open all layers of an extraction; ValueError if they are not of the same tokens."
+    folder = Path(os.path.realpath(folder))
+    if (folder/"config.json").exists():
+        layer = (one := cls(folder, **kwargs)).config.get("layer")
+        return {layer if type(layer) is int else one.stage: one}
+    if not folder.is_dir() or not (paths := _layer_folders(folder)): raise FileNotFoundError(f"{visible(str(folder))} has neither config.json nor folders layer_…")
+    out = {k: cls(p, **kwargs) for k, p in paths.items()}
+    for k, hs in out.items(): _same_tokens(next(iter(out.values())), hs, f"layer_{k}")
+    return out
+
+# %% ../nbs/13a_states.ipynb #30c16a9b
+def _same_tokens(a: HiddenStates, b: HiddenStates, name: str) -> None:
+    "ValueError unless two folders are of the same samples and steps."
+    for x, y, what in ((a._offset, b._offset, "samples"), (a._size, b._size, "samples"), (a._sample, b._sample, "steps"), (a._start, b._start, "steps"), (a._end, b._end, "steps")):
+        if not np.array_equal(x, y): raise ValueError(f"{visible(name)}: its {what} are not those of {visible(a.folder.name)}")
+    if a.num_tokens != b.num_tokens or any(x.get("token_ids_sha256") != y.get("token_ids_sha256") for x, y in zip(a.samples, b.samples)): raise ValueError(f"{visible(name)}: its tokens are not those of {visible(a.folder.name)}")
+
+# %% ../nbs/13a_states.ipynb #740b47af
+def _fact(x: Any) -> str: # one line
+    return "unknown" if x is None else visible(x if isinstance(x, str) else reprlib.repr(x))[:200].replace("\n", "␊")
+
+class VerifyReport(NamedTuple):
+    "What `verify_folder` has found."
+    checks: tuple[FolderCheck, ...] # one a folder
+    problems: tuple[str, ...] = () # what is wrong between the folders
+
+    @property
+    def ok(self) -> bool: return not self.problems and bool(self.checks) and all(c.ok for c in self.checks)
+
+    def __str__(self) -> str:
+        out = list(self.problems)
+        for c in self.checks:
+            counts = dict(hashed=c.hashed, journalled=c.journalled, non_finite=c.non_finite, empty_steps=c.empty_steps, unclaimed=c.unclaimed, absent=len(c.absent), missing_keys=len(c.missing))
+            out += [_fact(c.folder), *(f"  {k} {_fact(v)}" for k, v in (c.facts | counts if c.facts else {}).items()), *(f"  doubtful: {p}" for p in c.doubts), *(f"  wrong: {p}" for p in c.problems), *(["  ok"] if c.ok else [])]
+        return visible("\n".join(out))
+
+# %% ../nbs/13a_states.ipynb #be0dfb91
+def verify_folder(
+    folder: str | Path, # of hidden states, or of folders layer_0, layer_1, …
+    partial: bool = False, # whether shards may be absent, and the folder incomplete
+    progress: Callable[[int, int], None] | None = None, # called with the bytes looked at and those in all, of each folder
+) -> VerifyReport: # `.ok`; prints as text
+    "Look at every byte of a folder and say what is wrong with it; damage is reported, not raised."
+    folder, opened, checks, problems = Path(os.path.realpath(folder)), [], [], []
+    try: paths = [folder] if (folder/"config.json").exists() or not folder.is_dir() else list(_layer_folders(folder).values()) or [folder]
+    except (ValueError, OSError) as e: return VerifyReport((), (str(e),))
+    for path in paths:
+        try: opened.append(hs := HiddenStates(path, partial)); checks.append(hs._check(progress))
+        except (ValueError, OSError) as e: checks.append(FolderCheck(str(path), {}, problems=(str(e),)))
+    for hs in opened[1:]:
+        try: _same_tokens(opened[0], hs, hs.folder.name)
+        except ValueError as e: problems.append(str(e))
+    return VerifyReport(tuple(checks), tuple(problems))
+
+# %% ../nbs/13a_states.ipynb #fa73a1dc
+@patch
+def __repr__(self: HiddenStates) -> str: return f"HiddenStates({_fact(str(self.folder))}: {', '.join(f'{k} {_fact(v)}' for k, v in self.facts().items())})"
+
+@patch
+def _repr_html_(self: HiddenStates) -> str:
+    facts = self.facts() | {k: len(v) for k, v in dict(absent_shards=self.absent, missing_keys=self.missing, doubts=self.doubts).items() if v}
+    rows = "".join(f"<tr><td>{k}</td><td>{escape(_fact(v))}</td></tr>" for k, v in facts.items())
+    return f"<table><caption>{escape(_fact(self.folder.name))}</caption>{rows}</table>"
+
+@patch
+def __getstate__(self: HiddenStates) -> dict: return self.__dict__ | dict(_open={}) # mapped files stay behind
+
+# %% ../nbs/13a_states.ipynb #f725db6d
+_TREE = dict(states=r"annotated_traces_reprs/([\w-][\w.-]*)/(?:config\.json|index\.json|hidden_states_[\w.-]*\.safetensors)",
+    metrics=r"spectral_metrics/([\w-][\w.-]*)/pool_\w+/[\w-][\w.-]*\.json")
+
+def _published_files(files: Sequence[str], what: str, wanted: Collection[str] | None) -> dict[str, list[str]]: # by directory
+    "The files of a part of the artefacts, of the wanted directories or of all."
+    if what not in _TREE: raise ValueError(f"what={what!r} is unknown; choose {' or '.join(_TREE)}")
+    out, pattern = {}, re.compile(_TREE[what], re.ASCII)
+    for name in files:
+        if (m := pattern.fullmatch(name)) and ".." not in name and (wanted is None or m[1] in wanted): out.setdefault(m[1], []).append(name)
+    return out
+
+# %% ../nbs/13a_states.ipynb #ca024bb0
+def _published_name(model: str, any_model: bool = False) -> str: # such as "qwen3-4b-thinking-2507"
+    "The directory of a model in the published tree; ValueError for one that is not published."
+    known = {k.lower(): d for d, name in PUBLISHED_MODELS.items() for k in (d, name)}
+    if (d := known.get(model.lower())) is not None: return d
+    if not any_model: raise ValueError(f"model {model!r} is not among the published ones: {', '.join(f'{d} ({n})' for d, n in PUBLISHED_MODELS.items())}")
+    return model.rstrip("/").rsplit("/", 1)[-1].lower()
+
+# %% ../nbs/13a_states.ipynb #f337f887
+def _first_shards(folder: Path, n: int) -> list[str]: # as the repository calls them
+    "The first shards that the config of a folder names."
+    config = _strict_json(_read_bytes(Path(os.path.realpath(folder)), "config.json", 1 << 28), "config.json")
+    return [f"{folder.parent.name}/{folder.name}/{file}" for file, _, _ in _shard_ranges(config)[:n]]
+
+# %% ../nbs/13a_states.ipynb #05c62aac
+ARTEFACTS = "jaygala24/reasoning-models-interpretability-artifacts" # the published repository, a data set
+
+def fetch_artefacts(
+    model: str | Sequence[str] | None = None, # directory or hub name, or several; None: all there are
+    what: str = "metrics", # "metrics" or "states"
+    local_dir: str | Path = "artefacts", # where the tree is put; files that are there already are not fetched again
+    repo_id: str = ARTEFACTS, # a data set with the same tree
+    *,
+    shards: int | None = None, # of states: only the first so many shards of each model, for `partial=True`; None: all
+    revision: str | None = None, # of the repository; None: the newest
+    token: str | bool | None = None, # of the hub
+    endpoint: str | None = None, # of the hub; None: as `HF_ENDPOINT` says
+    **kwargs: Any, # of `huggingface_hub.snapshot_download`, such as max_workers
+) -> dict[str, Path]: # directory of the model -> its local folder; ValueError if a model has none
+    "Download a part of the published artefacts; called again after an interruption, it takes what is lacking."
+    wanted = None if model is None else {_published_name(m, repo_id != ARTEFACTS) for m in ([model] if isinstance(model, str) else model)}
+    info = HfApi(endpoint=endpoint, token=token).dataset_info(repo_id, revision=revision)
+    files = _published_files([s.rfilename for s in info.siblings or []], what, wanted)
+    if not files or wanted and wanted - files.keys(): raise ValueError(f"{repo_id} has no {what} of {', '.join(sorted((wanted or {'any model'}) - files.keys()))}")
+    def get(names): snapshot_download(repo_id, repo_type="dataset", revision=info.sha, local_dir=local_dir, allow_patterns=[glob_escape(n) for n in names], token=token, endpoint=endpoint, **kwargs)
+    names, folders = [n for ns in files.values() for n in ns], {d: Path(local_dir)/ns[0].split("/")[0]/d for d, ns in files.items()}
+    if what == "states" and shards is not None:
+        get([n for n in names if n.endswith(".json")])
+        first = {n for d, folder in folders.items() for n in _first_shards(folder, shards)}
+        names = [n for n in names if n in first or n.endswith(".json")]
+    get(names)
+    return folders
