@@ -385,6 +385,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tracebook.extract._all_states': ('extract.html#_all_states', 'tracebook/extract.py'),
                                    'tracebook.extract._apart': ('extract.html#_apart', 'tracebook/extract.py'),
                                    'tracebook.extract._append': ('extract.html#_append', 'tracebook/extract.py'),
+                                   'tracebook.extract._belongs': ('extract.html#_belongs', 'tracebook/extract.py'),
                                    'tracebook.extract._borders': ('extract.html#_borders', 'tracebook/extract.py'),
                                    'tracebook.extract._borrowed': ('extract.html#_borrowed', 'tracebook/extract.py'),
                                    'tracebook.extract._brackets': ('states.html#_brackets', 'tracebook/extract.py'),

@@ -225,11 +225,20 @@ def _samples(tokenizer: Any, rows: Sequence[Any], chat: bool | Mapping) -> list[
     for i, s in zip(good, found): out[i] = s
     return out
 
-# %% ../nbs/13_extract.ipynb #4e84e72c
-def _ranges(tokens: TokenMap, spans: Sequence[tuple[int, int]], n: int) -> list[list[int]]: # [start, end) in tokens, no further than n
-    return np.minimum(tokens.index(np.array(spans, np.int64).reshape(-1, 2)), n).tolist()
+# %% ../nbs/13_extract.ipynb #cd2d7049
+def _belongs(tokens: TokenMap) -> np.ndarray: # [tokens], never falling
+    "The place in the text where each token stands: its first character that is no white space, or else its first."
+    codes = np.frombuffer(tokens.text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds, which = np.unique(codes, return_inverse=True)
+    ink = np.array([not chr(c).isspace() for c in kinds.tolist()], bool)[which]
+    following = np.minimum.accumulate(np.where(ink, np.arange(len(codes)), len(codes))[::-1])[::-1]
+    first = np.append(following, len(codes))[tokens.starts]
+    return np.maximum.accumulate(np.where(first < tokens.ends, first, tokens.starts))
 
-# %% ../nbs/13_extract.ipynb #ce1bb6e3
+def _ranges(at: np.ndarray, spans: Sequence[tuple[int, int]], n: int) -> list[list[int]]: # [start, end) in tokens, no further than n
+    return np.minimum(np.searchsorted(at, np.array(spans, np.int64).reshape(-1, 2)), n).tolist()
+
+# %% ../nbs/13_extract.ipynb #4872df6c
 def _without_tokens(steps: list[dict], tokens: TokenMap, n: int) -> list[dict]:
     "Steps that have no token, and why; those that lost some to a cut."
     end = int(tokens.starts[n]) if n < len(tokens) else len(tokens.text) + 1
@@ -239,19 +248,19 @@ def _without_tokens(steps: list[dict], tokens: TokenMap, n: int) -> list[dict]:
         elif s["token_start"] == s["token_end"]: out.append(dict(step=j, reason="no_token"))
     return out
 
-# %% ../nbs/13_extract.ipynb #06ff5850
+# %% ../nbs/13_extract.ipynb #d5741dba
 def _entry(sample: _Sample, n: int, number: int) -> dict: # n: tokens of the response that are stored; number: of the row
     "What the index says about a sample, without its place among the others."
-    steps, text, tokens = row_steps(sample.row), sample.row["response"], sample.tokens
-    places = _ranges(tokens, [(s["start"], s["end"]) for s in steps], n)
+    steps, text, tokens, at = row_steps(sample.row), sample.row["response"], sample.tokens, _belongs(sample.tokens)
+    places = _ranges(at, [(s["start"], s["end"]) for s in steps], n)
     steps = [dict(token_start=a, token_end=b, char_start=s["start"], char_end=s["end"], category=s["category"], macro=s["macro"], segment=s["segment"]) for s, (a, b) in zip(steps, places)]
-    parts = {k: v and _ranges(tokens, [v], n)[0] for k, v in segments(text).items()}
+    parts = {k: v and _ranges(at, [v], n)[0] for k, v in segments(text).items()}
     aligned = sum(s["char_end"] - s["char_start"] for s in steps if s["token_end"] > s["token_start"])
     ids = hashlib.sha256(tokens.ids[:n].astype("<i8").tobytes()).hexdigest()
     return dict(id=str(sample.row.get("id", number)), row=number, num_tokens=n, prompt_tokens=len(sample.prompt), truncated=len(tokens) - n, text_sha256=hashlib.sha256(text.encode()).hexdigest(), token_ids_sha256=ids,
         segments=parts, steps=steps, alignment=dict(aligned_chars=aligned, total_chars=len(text), unaligned=_without_tokens(steps, tokens, n)))
 
-# %% ../nbs/13_extract.ipynb #921504fe
+# %% ../nbs/13_extract.ipynb #4cb38fe9
 class _Census:
     "All samples of the input in tokens, on disk."
     def __init__(self, folder: Path):
@@ -262,10 +271,10 @@ class _Census:
     def close(self) -> None: self.ids.close(), self.entries.close()
     def __len__(self) -> int: return len(self.sizes)
 
-# %% ../nbs/13_extract.ipynb #38b75a2e
+# %% ../nbs/13_extract.ipynb #31d0b006
 def _json(value: Any, **more: Any) -> bytes: return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, **more).encode()
 
-# %% ../nbs/13_extract.ipynb #d832d3ba
+# %% ../nbs/13_extract.ipynb #e366306e
 @patch
 def add(self: _Census, sample: _Sample, limit: int | None, number: int) -> None:
     "Take a sample in; ValueError if it cannot be."
@@ -281,7 +290,7 @@ def add(self: _Census, sample: _Sample, limit: int | None, number: int) -> None:
     self.counts.update(steps=len(entry["steps"]), truncated=n < len(sample.tokens), tokens=n)
     self.digest.update(line + _json(sample.row.get("problem")))
 
-# %% ../nbs/13_extract.ipynb #808a94b0
+# %% ../nbs/13_extract.ipynb #efa7757e
 def _portions(rows: Iterable, most: int = 64, chars: int = 200_000) -> Iterator[list]:
     "Rows in portions that a tokenizer takes at once: (number, place, row)."
     portion, size = [], 0
@@ -293,7 +302,7 @@ def _portions(rows: Iterable, most: int = 64, chars: int = 200_000) -> Iterator[
             portion, size = [], 0
     if portion: yield portion
 
-# %% ../nbs/13_extract.ipynb #9fe14c4b
+# %% ../nbs/13_extract.ipynb #8e210a7f
 @patch
 def fill(self: _Census, rows: Iterable, tokenizer: Any, chat: bool | Mapping, limit: int | None, vocabulary: int, strict: bool) -> _Census:
     "Take all rows in; ValueError if none can be read, or, where `strict`, for the first that cannot."
@@ -308,13 +317,13 @@ def fill(self: _Census, rows: Iterable, tokenizer: Any, chat: bool | Mapping, li
     if self.unreadable and not len(self): raise ValueError(f"no row could be read; {self.unreadable[0]['where']}: {self.unreadable[0]['reason']}")
     return self
 
-# %% ../nbs/13_extract.ipynb #e288548a
+# %% ../nbs/13_extract.ipynb #f6aa14c4
 def _check_ids(sample: _Sample, vocabulary: int, where: str, tokenizer: Any) -> None:
     "ValueError for tokens of another model."
     top = max(int(x.max(initial=0)) for x in (sample.prompt, sample.tokens.ids))
     if top >= vocabulary: raise ValueError(f"{where}: token {top} of {tokenizer_name(tokenizer)}, but the model has embeddings for {vocabulary:,}: this tokenizer belongs to another model")
 
-# %% ../nbs/13_extract.ipynb #06620e34
+# %% ../nbs/13_extract.ipynb #31fe0615
 @patch
 def done(self: _Census) -> _Census:
     "Ends the counting; afterwards places are known."
@@ -322,13 +331,13 @@ def done(self: _Census) -> _Census:
     self.rows, self.places = (np.concatenate([[0], np.cumsum(x)]).astype(np.int64) for x in (np.array(self.sizes, np.int64), self.fed)) # first row of each sample, and its first token in the file
     return self
 
-# %% ../nbs/13_extract.ipynb #9796b43e
+# %% ../nbs/13_extract.ipynb #d5bbf11e
 @patch
 def tokens(self: _Census, i: int) -> np.ndarray: # int32: prompt and response
     self.ids.seek(4 * int(self.places[i]))
     return np.frombuffer(self.ids.read(4 * int(self.fed[i])), "<i4")
 
-# %% ../nbs/13_extract.ipynb #d31cade9
+# %% ../nbs/13_extract.ipynb #08591041
 @patch
 def index(self: _Census) -> Iterator[bytes]:
     "The text of `index.json`, piece by piece."
@@ -339,7 +348,7 @@ def index(self: _Census) -> Iterator[bytes]:
         yield (b",\n" if i else b"\n") + _json(entry)
     yield b'\n],"schema":"tracebook/index/1"}\n'
 
-# %% ../nbs/13_extract.ipynb #539e88c0
+# %% ../nbs/13_extract.ipynb #18311f5f
 class _Window(NamedTuple):
     "Samples that are computed together, and the shards that hold their rows."
     first: int # number of the first sample
@@ -347,7 +356,7 @@ class _Window(NamedTuple):
     shard: int # number of the first shard
     cuts: tuple[int, ...] # global rows: shard j goes from cuts[j] to cuts[j + 1]
 
-# %% ../nbs/13_extract.ipynb #d17f1ca2
+# %% ../nbs/13_extract.ipynb #9cc15efc
 def _windows(rows: np.ndarray, most: int, least: int) -> list[_Window]:
     "Divide samples that begin at these global rows among shards of at most `most` rows and windows of at least `least`."
     out, cuts, first, shard, n = [], [0], 0, 0, len(rows) - 1
@@ -363,7 +372,7 @@ def _windows(rows: np.ndarray, most: int, least: int) -> list[_Window]:
     close(n)
     return out[:-1] + [out[-1]._replace(last=n)] if out else []
 
-# %% ../nbs/13_extract.ipynb #0a3b6b70
+# %% ../nbs/13_extract.ipynb #8b2a0386
 class _Batch(NamedTuple):
     "Samples that are computed in one pass."
     samples: tuple[int, ...] # their numbers
@@ -373,13 +382,13 @@ class _Batch(NamedTuple):
     @property
     def cost(self) -> int: return self.rows * self.width
 
-# %% ../nbs/13_extract.ipynb #948d933b
+# %% ../nbs/13_extract.ipynb #fc5aa77b
 def _bucket(n: int) -> int: # the next of 4, 5, 6, 7 times a power of two
     "A length that is at least `n`, of few that there are."
     scale = 1 << max(0, n.bit_length() - 3)
     return -(-n // scale) * scale
 
-# %% ../nbs/13_extract.ipynb #28cee431
+# %% ../nbs/13_extract.ipynb #8c2e30d1
 def _bucketed(samples: Sequence[int], fed: np.ndarray, budget: int, deterministic: bool = False) -> Iterator[_Batch]:
     "Rectangles, the longest samples first."
     order = sorted(samples, key=lambda i: -fed[i])
@@ -391,7 +400,7 @@ def _bucketed(samples: Sequence[int], fed: np.ndarray, budget: int, deterministi
         yield _Batch(tuple(some), rows if deterministic else len(some), width)
         at += len(some)
 
-# %% ../nbs/13_extract.ipynb #fe395453
+# %% ../nbs/13_extract.ipynb #236942e8
 def _packed(samples: Sequence[int], fed: np.ndarray, budget: int) -> Iterator[_Batch]:
     "Rows in which samples stand one after the other, in the order of the input."
     some, size = [], 0
@@ -402,14 +411,14 @@ def _packed(samples: Sequence[int], fed: np.ndarray, budget: int) -> Iterator[_B
         some, size = [*some, i], size + int(fed[i])
     if some: yield _Batch(tuple(some), 1, size)
 
-# %% ../nbs/13_extract.ipynb #db9d1352
+# %% ../nbs/13_extract.ipynb #128abdfc
 class _Feed(NamedTuple):
     "A batch as a model gets it, and which of its positions are stored."
     inputs: dict # for the decoder
     index: torch.Tensor # positions in the flat rectangle, sample after sample
     runs: list[tuple[int, int]] # (global row, rows) of each sample
 
-# %% ../nbs/13_extract.ipynb #5e47220d
+# %% ../nbs/13_extract.ipynb #95e567de
 def _feed(batch: _Batch, census: _Census, packed: bool, varlen: bool = False) -> _Feed:
     "Put a batch together; `varlen`: with the borders of its texts, as flash attention takes them."
     tokens = [census.tokens(i) for i in batch.samples]
@@ -422,7 +431,7 @@ def _feed(batch: _Batch, census: _Census, packed: bool, varlen: bool = False) ->
     if packed: inputs |= _borders(sizes, varlen)
     return _Feed(inputs, torch.from_numpy(index), [(int(census.rows[i]), census.sizes[i]) for i in batch.samples])
 
-# %% ../nbs/13_extract.ipynb #cfbe2cd9
+# %% ../nbs/13_extract.ipynb #d9765d85
 def _borders(sizes: np.ndarray, varlen: bool) -> dict:
     "Positions that start again with each text, and, for flash attention, where the texts begin."
     out = dict(position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in sizes]))[None])
@@ -430,7 +439,7 @@ def _borders(sizes: np.ndarray, varlen: bool) -> dict:
     ends = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
     return out | dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=int(sizes.max()), max_length_k=int(sizes.max()))
 
-# %% ../nbs/13_extract.ipynb #c95960fb
+# %% ../nbs/13_extract.ipynb #c50abcc9
 def _to_device(x: Any, device: torch.device) -> Any:
     "A tensor on the device, without waiting."
     if not isinstance(x, torch.Tensor) or device.type == "cpu": return x
@@ -440,7 +449,7 @@ class _Way:
     "The way of rows from a device to the memory of the process."
     def __init__(self): self.streams = {}
 
-# %% ../nbs/13_extract.ipynb #53a7e229
+# %% ../nbs/13_extract.ipynb #24d07879
 @patch
 def bring(self: _Way, x: torch.Tensor) -> tuple[torch.Tensor, Any]: # (tensor of the CPU, event to wait for or None)
     "Start a copy."
@@ -453,7 +462,7 @@ def bring(self: _Way, x: torch.Tensor) -> tuple[torch.Tensor, Any]: # (tensor of
         x.record_stream(stream)
         return out, stream.record_event()
 
-# %% ../nbs/13_extract.ipynb #fd4b8b40
+# %% ../nbs/13_extract.ipynb #43a2f674
 _TYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"), "float32": (torch.float32, "F32")} # what can be stored
 
 def _header(rows: int, dim: int, dtype: str) -> bytes:
@@ -463,7 +472,7 @@ def _header(rows: int, dim: int, dtype: str) -> bytes:
     text += " " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text.encode()
 
-# %% ../nbs/13_extract.ipynb #2311050d
+# %% ../nbs/13_extract.ipynb #9a3ce772
 class _Shard:
     "A file of rows while it is written."
     def __init__(self, path: Path, start: int, end: int, dim: int, dtype: str):
@@ -477,7 +486,7 @@ class _Shard:
         self.file.seek(at)
         while data: data = data[self.file.write(data):]
 
-# %% ../nbs/13_extract.ipynb #7f7bc995
+# %% ../nbs/13_extract.ipynb #4c207c3c
 @patch
 def write(self: _Shard, row: int, data: memoryview) -> None: # row: a global one; data: bytes of whole rows
     "Put rows in their place."
@@ -485,14 +494,14 @@ def write(self: _Shard, row: int, data: memoryview) -> None: # row: a global one
     self.put(self.base + first * self.width, data)
     self.there[first:first + n] = True
 
-# %% ../nbs/13_extract.ipynb #499726d3
+# %% ../nbs/13_extract.ipynb #7d0aadbd
 @patch
 def abandon(self: _Shard) -> None:
     "Leave nothing behind."
     self.file.close()
     self.temp.unlink(missing_ok=True)
 
-# %% ../nbs/13_extract.ipynb #d794cab5
+# %% ../nbs/13_extract.ipynb #14a6668a
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt": return # folders cannot be opened there
     handle = os.open(folder, os.O_RDONLY)
@@ -502,7 +511,7 @@ def _sync_folder(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/13_extract.ipynb #c199b775
+# %% ../nbs/13_extract.ipynb #1c9d5ca2
 @patch
 def finish(self: _Shard) -> dict: # what is known about the file
     "Make the file durable and give it its name."
@@ -515,7 +524,7 @@ def finish(self: _Shard) -> dict: # what is known about the file
     _sync_folder(self.path.parent)
     return dict(file=self.path.name, token_start=self.start, token_end=self.end, sha256=digest, nbytes=size)
 
-# %% ../nbs/13_extract.ipynb #414d1789
+# %% ../nbs/13_extract.ipynb #8be23fa8
 class _Parts(NamedTuple):
     "The names of the files beside the shards, for one process of several."
     rank: int = 0 # number of the process
@@ -527,7 +536,7 @@ class _Parts(NamedTuple):
     @property
     def journal(self) -> str: return self.name("journal", ".jsonl")
 
-# %% ../nbs/13_extract.ipynb #a7a6ec6e
+# %% ../nbs/13_extract.ipynb #9888750c
 def _append(path: Path, line: bytes) -> None:
     "Add a line and flush it to the disk."
     with open(path, "ab") as file:
@@ -535,7 +544,7 @@ def _append(path: Path, line: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../nbs/13_extract.ipynb #7c1172e2
+# %% ../nbs/13_extract.ipynb #89e549ba
 def _journal(path: Path) -> list[dict]:
     "The lines of a journal up to the first that is damaged."
     out = []
@@ -546,7 +555,7 @@ def _journal(path: Path) -> list[dict]:
         out.append(entry)
     return out
 
-# %% ../nbs/13_extract.ipynb #93d7dd3d
+# %% ../nbs/13_extract.ipynb #379263a0
 class _Writer:
     "A thread that does jobs one after the other."
     def __init__(self, places: int = 4): # jobs that may wait
@@ -560,7 +569,7 @@ class _Writer:
                 if self.error is None: job(*args)
             except BaseException as e: self.error = e
 
-# %% ../nbs/13_extract.ipynb #a5c238a9
+# %% ../nbs/13_extract.ipynb #3fba1ce3
 @patch
 def put(self: _Writer, job: Callable, *args: Any) -> None:
     "Ask for a job; raises what an earlier one raised."
@@ -569,14 +578,14 @@ def put(self: _Writer, job: Callable, *args: Any) -> None:
     self.queue.put((job, args))
     self.waited += time.perf_counter() - start
 
-# %% ../nbs/13_extract.ipynb #5864940c
+# %% ../nbs/13_extract.ipynb #9ad23ebe
 @patch
 def close(self: _Writer) -> None:
     "Wait for all jobs."
     self.queue.put(None)
     self.thread.join()
 
-# %% ../nbs/13_extract.ipynb #faf66e6d
+# %% ../nbs/13_extract.ipynb #da2248d9
 class _Open:
     "The open shards of a window, for all targets."
     def __init__(self, window: _Window, folders: Mapping[Target, Path], dim: int, dtype: str):
@@ -587,10 +596,10 @@ class _Open:
     def abandon(self) -> None:
         for s in (s for shards in self.shards.values() for s in shards): s.abandon()
 
-# %% ../nbs/13_extract.ipynb #18afce61
+# %% ../nbs/13_extract.ipynb #2e977cf3
 def _shard_name(target: Target, number: int) -> str: return f"{target.stem}{number:05d}.safetensors"
 
-# %% ../nbs/13_extract.ipynb #a7ac34a6
+# %% ../nbs/13_extract.ipynb #9f03e8c1
 @patch
 def write(self: _Open, target: Target, rows: torch.Tensor, largest: torch.Tensor, event: Any, runs: list[tuple[int, int]]) -> None:
     "Check rows and put them in their shards; ValueError for numbers that are none."
@@ -603,11 +612,11 @@ def write(self: _Open, target: Target, rows: torch.Tensor, largest: torch.Tensor
             if a < b: s.write(a, data[(at + a - row) * width:(at + b - row) * width])
         at += n
 
-# %% ../nbs/13_extract.ipynb #44350a04
+# %% ../nbs/13_extract.ipynb #c07c6f7f
 class BadStates(ValueError):
     "Hidden states that cannot be stored: not a number, infinite, or too large for the type."
 
-# %% ../nbs/13_extract.ipynb #753d5e12
+# %% ../nbs/13_extract.ipynb #e0fa8bd9
 @patch
 def refuse(self: _Open, target: Target, at: int, runs: list[tuple[int, int]], largest: torch.Tensor) -> None:
     "BadStates with the global row of position `at` of a batch."
@@ -618,7 +627,7 @@ def refuse(self: _Open, target: Target, at: int, runs: list[tuple[int, int]], la
     says = f"the largest number is {value:,.0f}, and {self.dtype} ends at {torch.finfo(_TYPES[self.dtype][0]).max:,.0f}; store bfloat16 or float32" if np.isfinite(value) else "a number is NaN or infinite; compute in bfloat16 or float32, or leave the sample out"
     raise BadStates(row + at, f"{target.name}: {says}")
 
-# %% ../nbs/13_extract.ipynb #e6b58107
+# %% ../nbs/13_extract.ipynb #d24b758f
 @patch
 def finish(self: _Open, folders: Mapping[Target, Path], journal: str, samples: Callable, splits: int) -> None:
     "Make all shards durable, then write them down; `samples(start, end)`: the first and last sample of some rows."
@@ -628,7 +637,7 @@ def finish(self: _Open, folders: Mapping[Target, Path], journal: str, samples: C
             _append(folders[target] / journal, _json(s.finish() | dict(first_sample=first, last_sample=last, oom_splits=splits)))
             splits = 0 # counted once a window
 
-# %% ../nbs/13_extract.ipynb #53001c63
+# %% ../nbs/13_extract.ipynb #9adb6f03
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     "How far states are apart: in half precision by length of rows, else by the largest number."
     half, a, b = a.dtype in (torch.bfloat16, torch.float16), a.double(), b.double()
@@ -637,7 +646,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _tolerance(dtype: torch.dtype) -> float: return .05 if dtype in (torch.bfloat16, torch.float16) else 1e-5
 
-# %% ../nbs/13_extract.ipynb #4199d1ba
+# %% ../nbs/13_extract.ipynb #d3a63f39
 def _all_states(stack: _Stack, inputs: dict, **more: Any) -> tuple[dict, Any]: # (states by target, flat, on the CPU; what the decoder returned)
     "The states of every layer and stage."
     n, out = len(stack.layers), {}
@@ -646,7 +655,7 @@ def _all_states(stack: _Stack, inputs: dict, **more: Any) -> tuple[dict, Any]: #
     with torch.inference_mode(), _hooks(stack, targets, keep): result = stack.base(**{k: _to_device(v, stack.device) for k, v in inputs.items()}, use_cache=False, **more)
     return out, result
 
-# %% ../nbs/13_extract.ipynb #c6edb337
+# %% ../nbs/13_extract.ipynb #d78660f3
 class _Texts:
     "Random texts in the place of a census."
     def __init__(self, vocabulary: int, seed: int, sizes: Sequence[int] = (9, 24, 17)):
@@ -656,7 +665,7 @@ class _Texts:
 
     def tokens(self, i: int) -> np.ndarray: return self.texts[i]
 
-# %% ../nbs/13_extract.ipynb #68653580
+# %% ../nbs/13_extract.ipynb #f9df8bc7
 def _hooks_apart(stack: _Stack, states: Mapping[Target, torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     "How far hooks are from transformers' `hidden_states`."
     n, pairs = len(stack.layers), []
@@ -666,7 +675,7 @@ def _hooks_apart(stack: _Stack, states: Mapping[Target, torch.Tensor], theirs: S
         if i is not None: pairs.append((x, theirs[i].reshape(-1, x.shape[-1]).cpu()))
     return max(_apart(a, b) for a, b in pairs)
 
-# %% ../nbs/13_extract.ipynb #9a66cbca
+# %% ../nbs/13_extract.ipynb #46b3fd1b
 def _parity(stack: _Stack, packed: bool, seed: int, varlen: bool = False) -> dict: # max_abs, max_rel, hooks, tol, ok
     "Compute a few texts alone and in a batch, and compare."
     texts = _Texts(stack.embedding.shape[0], seed)
@@ -681,10 +690,10 @@ def _parity(stack: _Stack, packed: bool, seed: int, varlen: bool = False) -> dic
     finite = all(np.isfinite(x) for pair in far for x in pair)
     return dict(max_abs=max(a for a, _ in far) if finite else None, max_rel=max(r for _, r in far) if finite else None, hooks=hooks, tol=tol, ok=finite and max(hooks, *(r for _, r in far)) <= tol)
 
-# %% ../nbs/13_extract.ipynb #702b29bd
+# %% ../nbs/13_extract.ipynb #1d7a35a3
 _ISOLATING = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
-# %% ../nbs/13_extract.ipynb #0cf14811
+# %% ../nbs/13_extract.ipynb #e1a754e8
 def _choose_packing(stack: _Stack, packing: bool | None, seed: int) -> tuple[bool, bool, dict]: # (packed, varlen, what the test found)
     "Whether to pack; RuntimeError if the model does not give the same states in a batch as alone."
     attention = getattr(stack.config, "_attn_implementation", None) or "eager"
@@ -694,7 +703,7 @@ def _choose_packing(stack: _Stack, packing: bool | None, seed: int) -> tuple[boo
         if found["ok"]: return packed, varlen and packed, found
     raise RuntimeError(f"{type(stack.base).__name__} with {attention} attention does not give the same states {'packed' if packed else 'in a batch'} as alone (apart by {found['max_rel']}, hooks by {found['hooks']}, allowed {found['tol']}); nothing was written")
 
-# %% ../nbs/13_extract.ipynb #6b67df4b
+# %% ../nbs/13_extract.ipynb #361407dc
 @dataclass
 class _Run:
     "One extraction while it goes on."
@@ -719,7 +728,7 @@ class _Run:
     @cached_property
     def dim(self) -> int: return self.stack.config.hidden_size
 
-# %% ../nbs/13_extract.ipynb #a8a9dfb7
+# %% ../nbs/13_extract.ipynb #d7d27387
 @patch
 def batches(self: _Run, window: _Window) -> Iterator[_Batch]:
     "The batches of a window."
@@ -727,14 +736,14 @@ def batches(self: _Run, window: _Window) -> Iterator[_Batch]:
     if self.packed: return _packed(samples, self.census.fed, self.budget)
     return _bucketed(samples, self.census.fed, self.budget, self.deterministic)
 
-# %% ../nbs/13_extract.ipynb #cee6c953
+# %% ../nbs/13_extract.ipynb #ff71dc80
 @patch
 def samples(self: _Run, start: int, end: int) -> tuple[int, int]: # (first, last), both in it
     "The samples that have rows between two."
     rows = self.census.rows
     return int(np.searchsorted(rows, start, "right")) - 1, int(np.searchsorted(rows, end, "left")) - 1
 
-# %% ../nbs/13_extract.ipynb #a5ca7c04
+# %% ../nbs/13_extract.ipynb #f0401700
 @patch
 def forward(self: _Run, batch: _Batch, put: Callable) -> None: # put: takes a target, rows, their largest numbers, an event and runs
     "Compute one batch."
@@ -746,13 +755,13 @@ def forward(self: _Run, batch: _Batch, put: Callable) -> None: # put: takes a ta
         put(target, *self._host(rows.to(_TYPES[self.dtype][0]), largest), feed.runs)
     with _hooks(self.stack, self.targets, keep): self.stack.base(**inputs, use_cache=False)
 
-# %% ../nbs/13_extract.ipynb #2e406a74
+# %% ../nbs/13_extract.ipynb #32d01dc9
 @patch
 def _host(self: _Run, rows: torch.Tensor, largest: torch.Tensor) -> tuple:
     rows, event = self.way.bring(rows) # after the other copy, on the same stream
     return rows, largest, event
 
-# %% ../nbs/13_extract.ipynb #e0099189
+# %% ../nbs/13_extract.ipynb #da38438a
 def _out_of_memory(e: BaseException) -> bool: return isinstance(e, torch.OutOfMemoryError) or isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
 
 @patch
@@ -763,7 +772,7 @@ def attempt(self: _Run, batch: _Batch, put: Callable) -> bool: # False: it does 
         return False
     return True
 
-# %% ../nbs/13_extract.ipynb #baf06dca
+# %% ../nbs/13_extract.ipynb #a2c90630
 @patch
 def compute(self: _Run, batch: _Batch, put: Callable) -> None:
     "Compute a batch, in parts if need be; OutOfMemoryError if one sample alone does not fit."
@@ -778,7 +787,7 @@ def compute(self: _Run, batch: _Batch, put: Callable) -> None:
         halves = b.samples[:len(b.samples) // 2], b.samples[len(b.samples) // 2:]
         todo += [_Batch(h, 1 if self.packed else len(h), int(self.census.fed[list(h)].sum() if self.packed else self.census.fed[list(h)].max())) for h in halves[::-1]]
 
-# %% ../nbs/13_extract.ipynb #12d95be2
+# %% ../nbs/13_extract.ipynb #6abecd0c
 @patch
 def called(self: _Run, i: int) -> str:
     "What to call a sample."
@@ -786,7 +795,7 @@ def called(self: _Run, i: int) -> str:
     entry = json.loads(self.census.entries.read(self.census.lengths[i]))
     return f"sample {i} (id {entry['id'][:80]!r}, row {entry['row']})"
 
-# %% ../nbs/13_extract.ipynb #7dcd00b2
+# %% ../nbs/13_extract.ipynb #4173ea1b
 @patch
 def window(self: _Run, window: _Window, writer: _Writer, bar: Any) -> None:
     "Compute and write one window."
@@ -799,14 +808,14 @@ def window(self: _Run, window: _Window, writer: _Writer, bar: Any) -> None:
     writer.put(self._finish, opened, self.splits)
     self.all_splits, self.splits = self.all_splits + self.splits, 0
 
-# %% ../nbs/13_extract.ipynb #a4352cdd
+# %% ../nbs/13_extract.ipynb #d3b8a6bb
 @patch
 def _finish(self: _Run, opened: _Open, splits: int) -> None:
     opened.finish(self.folders, self.parts.journal, self.samples, splits)
     self.opened.remove(opened)
     self.log(f"window of samples {opened.window.first:,} to {opened.window.last - 1:,} is written")
 
-# %% ../nbs/13_extract.ipynb #e22d7186
+# %% ../nbs/13_extract.ipynb #77bfdc69
 @patch
 def work(self: _Run, todo: Sequence[_Window], progress: bool) -> float: # seconds that the model waited for the disk
     "Compute and write windows; whatever goes wrong, finished shards stay as they are."
@@ -822,7 +831,7 @@ def work(self: _Run, todo: Sequence[_Window], progress: bool) -> float: # second
     if writer.error is not None: raise self.said(writer.error)
     return writer.waited
 
-# %% ../nbs/13_extract.ipynb #f49665f8
+# %% ../nbs/13_extract.ipynb #f15a50e7
 @patch
 def said(self: _Run, e: BaseException) -> BaseException:
     "An error in words that help."
@@ -832,7 +841,7 @@ def said(self: _Run, e: BaseException) -> BaseException:
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)): return OSError(e.errno, f"{e.strerror}: the disk is full. Finished shards are valid and stay; the same call goes on from there")
     return e
 
-# %% ../nbs/13_extract.ipynb #48f47fda
+# %% ../nbs/13_extract.ipynb #1732ceb7
 def _weights_hash(model: Any) -> str: # 16 hexadecimal digits
     "A fingerprint of a model: of every weight its name, shape and type, the sum of its bits as whole numbers, and 64 numbers."
     digest = hashlib.sha256()
@@ -842,12 +851,12 @@ def _weights_hash(model: Any) -> str: # 16 hexadecimal digits
         digest.update(f"{name} {tuple(w.shape)} {w.dtype} {int(bits.sum(dtype=torch.int64))} {some}".encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/13_extract.ipynb #b57e5913
+# %% ../nbs/13_extract.ipynb #07aabdce
 def _versions() -> dict[str, str]:
     import transformers
     return dict(transformers=transformers.__version__, torch=torch.__version__)
 
-# %% ../nbs/13_extract.ipynb #c62ebf87
+# %% ../nbs/13_extract.ipynb #444f43cd
 def _describe(run: _Run, model: Any, tokenizer: Any, given: Mapping) -> dict:
     "What is the same for all targets; `given`: settings of the call."
     census, config = run.census, run.stack.config
@@ -858,8 +867,8 @@ def _describe(run: _Run, model: Any, tokenizer: Any, given: Mapping) -> dict:
         revision=getattr(model.config, "_commit_hash", None), num_hidden_layers=config.num_hidden_layers, hidden_dim=run.dim, dtype=run.dtype, num_tokens=int(census.rows[-1]), num_samples=len(census), num_steps=census.counts["steps"],
         num_truncated=census.counts["truncated"], unreadable=dict(count=len(census.unreadable), rows=census.unreadable[:100]), extraction=how, source=dict(traces_sha256=census.digest.hexdigest(), taxonomy=None, label_map_sha256=hashlib.sha256(labels).hexdigest()))
 
-# %% ../nbs/13_extract.ipynb #c367c243
-_FOUND = ("shards", "complete", "extraction.parity", "extraction.oom_splits") # no settings
+# %% ../nbs/13_extract.ipynb #5f6ee1d8
+_FOUND = ("shards", "index_sha256", "complete", "extraction.parity", "extraction.oom_splits") # no settings
 
 def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
     "Settings by dotted names."
@@ -867,13 +876,13 @@ def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
     for k, v in config.items(): out |= _flat(v, f"{prefix}{k}.") if isinstance(v, Mapping) and not prefix else {prefix + k: v}
     return {k: v for k, v in out.items() if k not in _FOUND}
 
-# %% ../nbs/13_extract.ipynb #0516a197
+# %% ../nbs/13_extract.ipynb #ba41e709
 def _differences(there: Mapping, now: Mapping) -> list[str]:
     a, b = _flat(there), _flat(now)
     show = lambda x: repr(x) if len(repr(x)) <= 60 else repr(x)[:57] + "…"
     return [f"{k} is {show(a.get(k))} there and {show(b.get(k))} now" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
-# %% ../nbs/13_extract.ipynb #45adde0a
+# %% ../nbs/13_extract.ipynb #96d02c25
 def _read_json(path: Path) -> dict | None: # None: there is no such file
     "A JSON object; ValueError naming the file if it is none."
     if not path.exists(): return None
@@ -882,7 +891,7 @@ def _read_json(path: Path) -> dict | None: # None: there is no such file
     if not isinstance(out, dict): raise ValueError(f"{path} is no object of JSON; remove it, or give resume=False to begin again")
     return out
 
-# %% ../nbs/13_extract.ipynb #2c019f41
+# %% ../nbs/13_extract.ipynb #be447d50
 @contextmanager
 def _durable(path: Path, beside: str = "") -> Iterator[Any]: # an open binary file; beside: put into its first name, where several processes write
     "A file that is there, and on the disk, when the block ends well, and as it was otherwise."
@@ -894,11 +903,11 @@ def _durable(path: Path, beside: str = "") -> Iterator[Any]: # an open binary fi
     os.replace(temp, path)
     _sync_folder(path.parent)
 
-# %% ../nbs/13_extract.ipynb #4d86512f
+# %% ../nbs/13_extract.ipynb #9b5ff306
 def _write_json(path: Path, value: Mapping, beside: str = "") -> None:
     with _durable(path, beside) as file: file.write(json.dumps(value, sort_keys=True, indent=1, separators=(",", ": "), allow_nan=False).encode() + b"\n")
 
-# %% ../nbs/13_extract.ipynb #35e8c1f2
+# %% ../nbs/13_extract.ipynb #b9df9282
 def _refuse_other(folder: Path, config: Mapping, name: str) -> None:
     "ValueError if the folder holds something else than this extraction."
     for file in {name, "config.json"}:
@@ -908,13 +917,13 @@ def _refuse_other(folder: Path, config: Mapping, name: str) -> None:
     if worlds and not (_read_json(folder / "config.json") or {}).get("complete"): raise ValueError(f"{folder} holds parts of {int(min(worlds))} processes; start as many again, or give another folder")
     if not any(folder.glob("config*.json")) and (found := sorted(folder.glob("hidden_states_*.safetensors"))): raise ValueError(f"{folder} holds {found[0].name} and no config.json that says what it is; give another folder")
 
-# %% ../nbs/13_extract.ipynb #d7f714cb
+# %% ../nbs/13_extract.ipynb #502d1f1f
 def _entries(folder: Path, parts: _Parts) -> list[dict]:
     "What is noted about finished shards: in a complete config, or in the journal."
     config = _read_json(folder / "config.json") or {}
     return config["shards"] if config.get("complete") else _journal(folder / parts.journal)
 
-# %% ../nbs/13_extract.ipynb #99406635
+# %% ../nbs/13_extract.ipynb #ccd35c1a
 def _intact(folder: Path, entry: Mapping | None, name: str, start: int, end: int) -> bool:
     "Whether a shard is what was noted."
     wanted = dict(file=name, token_start=start, token_end=end)
@@ -922,7 +931,7 @@ def _intact(folder: Path, entry: Mapping | None, name: str, start: int, end: int
     path = folder / name
     return path.is_file() and not path.is_symlink() and path.stat().st_size == entry.get("nbytes") and _sha256(path) == entry.get("sha256")
 
-# %% ../nbs/13_extract.ipynb #9d98e501
+# %% ../nbs/13_extract.ipynb #bd715a8d
 @patch
 def kept(self: _Run) -> int: # how many windows need not be computed again
     "Look at what is there; drop all from the first shard on that is not as it should be."
@@ -934,7 +943,7 @@ def kept(self: _Run) -> int: # how many windows need not be computed again
     for t, f in self.folders.items(): self._drop(t, f, done, noted[t])
     return done
 
-# %% ../nbs/13_extract.ipynb #7c108954
+# %% ../nbs/13_extract.ipynb #629c47e2
 @patch
 def _drop(self: _Run, target: Target, folder: Path, done: int, noted: Mapping[str, dict]) -> None:
     "Remove shards after the first `done` windows, and write the journal anew."
@@ -944,7 +953,7 @@ def _drop(self: _Run, target: Target, folder: Path, done: int, noted: Mapping[st
     if done < len(names) and self.parts.world > 1: (folder / "config.json").unlink(missing_ok=True) # joined, and no longer true
     with _durable(folder / self.parts.journal) as file: file.writelines(_json(noted[n]) + b"\n" for some in names[:done] for n in some)
 
-# %% ../nbs/13_extract.ipynb #91dc357c
+# %% ../nbs/13_extract.ipynb #3fd7b7ee
 _OURS = re.compile(r"\.?(hidden_states_(layer\d+|embeddings)_shard\d+\.safetensors|(config|journal)(\.rank\d+-of-\d+)?\.jsonl?|index\.json)(\.\d+)?(\.tmp)?")
 
 def _clear(folder: Path) -> None:
@@ -952,14 +961,14 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and (path.is_file() or path.is_symlink()): path.unlink()
 
-# %% ../nbs/13_extract.ipynb #649e4e0e
+# %% ../nbs/13_extract.ipynb #1db83ac7
 @patch
 def config(self: _Run, target: Target, common: Mapping, shards: Sequence[Mapping], complete: bool, parity: Mapping) -> dict:
     "The config of one target."
     how = dict(common["extraction"], parity=parity, oom_splits=sum(e.get("oom_splits", 0) for e in shards))
     return dict(common, layer=target.layer, stage=target.stage, hf_index=target.hf_index, extraction=how, complete=complete, shards=list(shards))
 
-# %% ../nbs/13_extract.ipynb #d235fcd5
+# %% ../nbs/13_extract.ipynb #8590afb7
 @patch
 def begin(self: _Run, common: Mapping, parity: Mapping, resume: bool) -> int: # windows that are done already
     "Check and prepare the folders."
@@ -973,7 +982,7 @@ def begin(self: _Run, common: Mapping, parity: Mapping, resume: bool) -> int: # 
         _write_json(folder / self.parts.config, self.config(target, common, (), False, parity))
     return done
 
-# %% ../nbs/13_extract.ipynb #8d08ea7c
+# %% ../nbs/13_extract.ipynb #3303d362
 @patch
 def end(self: _Run, common: Mapping, parity: Mapping) -> None:
     "Write index and config."
@@ -981,16 +990,17 @@ def end(self: _Run, common: Mapping, parity: Mapping) -> None:
         if (_read_json(folder / "config.json") or {}).get("complete"): continue
         if self.parts.rank == 0:
             with _durable(folder / "index.json") as file: file.writelines(self.census.index())
-        _write_json(folder / self.parts.config, self.config(target, common, _journal(folder / self.parts.journal), True, parity))
+        config = self.config(target, common, _journal(folder / self.parts.journal), True, parity)
+        _write_json(folder / self.parts.config, config | (dict(index_sha256=_sha256(folder / "index.json")) if self.parts.world == 1 else {}))
 
-# %% ../nbs/13_extract.ipynb #0f7e75a6
+# %% ../nbs/13_extract.ipynb #fe1a8847
 def _share(windows: list[_Window], parts: _Parts) -> list[_Window]:
     "The windows of one process: neighbours, with about the same number of rows as the others have."
     total = windows[-1].cuts[-1] if windows else 0
     middle = lambda w: (w.cuts[0] + w.cuts[-1]) / 2
     return [w for w in windows if int(middle(w) * parts.world / total) == parts.rank]
 
-# %% ../nbs/13_extract.ipynb #7eb7b486
+# %% ../nbs/13_extract.ipynb #ed95e6aa
 def _joined_config(folder: Path) -> dict | None: # None: not all parts are complete
     "The configs of all processes as one."
     names = sorted(folder.glob("config.rank*-of-*.json"))
@@ -1003,9 +1013,9 @@ def _joined_config(folder: Path) -> dict | None: # None: not all parts are compl
     ends = [0, *(s["token_end"] for s in shards)]
     if [s["token_start"] for s in shards] != ends[:-1] or ends[-1] != configs[0]["num_tokens"]: raise ValueError(f"{folder}: the shards of the parts do not cover {configs[0]['num_tokens']:,} rows")
     how = dict(configs[0]["extraction"], oom_splits=sum(c["extraction"]["oom_splits"] for c in configs))
-    return dict(configs[0], shards=shards, extraction=how)
+    return dict(configs[0], shards=shards, extraction=how, index_sha256=_sha256(folder / "index.json"))
 
-# %% ../nbs/13_extract.ipynb #b0f93027
+# %% ../nbs/13_extract.ipynb #cc5dabb6
 def merge_extractions(
     folder: str | Path, # where several processes have written, or the folder above its layers
 ) -> bool: # whether it is complete now; ValueError if the parts do not belong together
@@ -1020,7 +1030,7 @@ def merge_extractions(
         _write_json(f / "config.json", joined, f".{os.getpid()}")
     return True
 
-# %% ../nbs/13_extract.ipynb #cfa6df71
+# %% ../nbs/13_extract.ipynb #8d6a3a0b
 class Manifest(NamedTuple):
     "What an extraction has written."
     folder: Path # of the one matrix, or above those of several
@@ -1043,7 +1053,7 @@ class Manifest(NamedTuple):
         more = [x for x in (f"{self.kept} kept" * bool(self.kept), f"{_count(len(self.unreadable), 'row')} unreadable" * bool(self.unreadable), f"{self.truncated} cut off" * bool(self.truncated), "not complete" * (not self.complete)) if x]
         return f"Manifest({visible(self.folder.name)}: {_count(self.num_samples, 'sample')}, {_count(self.num_tokens, 'token')} × {self.hidden_dim:,}, {_count(self.num_steps, 'step')}, {len(self.folders):,} matri{'x' if len(self.folders) == 1 else 'ces'}, {_count(self.shards, 'shard')}{''.join(f', {m}' for m in more)})"
 
-# %% ../nbs/13_extract.ipynb #c741a921
+# %% ../nbs/13_extract.ipynb #0f9755c2
 def _load(name: str | Path, tokenizer: Any, compute: Any, attention: str | None, revision: str | None, device: Any) -> tuple[Any, Any]: # (a decoder without head, its tokenizer)
     "A model by its name; code that comes with it is not run."
     from transformers import AutoModel, AutoTokenizer
@@ -1054,10 +1064,10 @@ def _load(name: str | Path, tokenizer: Any, compute: Any, attention: str | None,
     except (OSError, ValueError) as e: raise ValueError(f"cannot load the model {name!r}: give a name on the hub that can be reached or is cached, or a folder ({' '.join(str(e).split())[:300]})") from e
     return model.to(device or _default_device()), tokenizer
 
-# %% ../nbs/13_extract.ipynb #bba4e545
+# %% ../nbs/13_extract.ipynb #8febb8d1
 def _default_device() -> str: return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/13_extract.ipynb #0c3671e5
+# %% ../nbs/13_extract.ipynb #c1bf6ff9
 @contextmanager
 def _borrowed(model: Any, device: Any, attention: str | None) -> Iterator[None]:
     "A model in eval mode, on a device, with an attention; as it was, afterwards."
@@ -1071,7 +1081,7 @@ def _borrowed(model: Any, device: Any, attention: str | None) -> Iterator[None]:
         if attention and attention != before: model.set_attn_implementation(before)
         if device is not None and torch.device(device) != was: model.to(was)
 
-# %% ../nbs/13_extract.ipynb #c3da18c0
+# %% ../nbs/13_extract.ipynb #c18af0bd
 def _open_model(model: Any, tokenizer: Any, compute: Any, attention: str | None, revision: str | None, device: Any) -> tuple[Any, Any]: # (model, tokenizer)
     "The model and the tokenizer that are meant."
     if compute is not None: compute = getattr(torch, str(compute).removeprefix("torch."))
@@ -1083,7 +1093,7 @@ def _open_model(model: Any, tokenizer: Any, compute: Any, attention: str | None,
     if tokenizer is None and not getattr(model, "name_or_path", ""): raise ValueError("the model does not say which tokenizer it has; give one with tokenizer=")
     return model, load_tokenizer(_hub_name(tokenizer or model.name_or_path)) if tokenizer is None or isinstance(tokenizer, (str, Path)) else tokenizer
 
-# %% ../nbs/13_extract.ipynb #c6246ad3
+# %% ../nbs/13_extract.ipynb #9414572a
 def _bytes(size: int | str) -> int: # "1GB" is 10**9, "1GiB" is 2**30
     "A number of bytes; ValueError if it is none."
     m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
@@ -1091,7 +1101,7 @@ def _bytes(size: int | str) -> int: # "1GB" is 10**9, "1GiB" is 2**30
     if out < 1: raise ValueError(f"shard_size={size!r} is no size; write 1GB, 500MB or a number of bytes")
     return out
 
-# %% ../nbs/13_extract.ipynb #eebc283d
+# %% ../nbs/13_extract.ipynb #17828fb9
 def _place(out_dir: Any, root: Any, targets: Sequence[Target], model: str) -> tuple[Path, dict[Target, Path]]: # (folder, folder of each target)
     "Where to write, with the folders made."
     if out_dir is not None and root is not None: raise ValueError("give out_dir (this folder) or root (a tree of models), not both")
@@ -1101,7 +1111,7 @@ def _place(out_dir: Any, root: Any, targets: Sequence[Target], model: str) -> tu
     for f in folders.values(): f.mkdir(parents=True, exist_ok=True)
     return folder, folders
 
-# %% ../nbs/13_extract.ipynb #6f6affe9
+# %% ../nbs/13_extract.ipynb #684f6c04
 def _logger(folder: Path, parts: _Parts) -> Callable:
     "A function that adds a line to the log; times go there and nowhere else."
     path = folder / parts.name(f"extraction_{time.strftime('%Y%m%dT%H%M%S')}", ".log")
@@ -1109,7 +1119,7 @@ def _logger(folder: Path, parts: _Parts) -> Callable:
         with path.open("a", encoding="utf-8") as file: file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(line)}\n")
     return log
 
-# %% ../nbs/13_extract.ipynb #473747c8
+# %% ../nbs/13_extract.ipynb #7df20043
 @contextmanager
 def _compiled(stack: _Stack, on: bool) -> Iterator[None]:
     "Compiled blocks, inside."
@@ -1120,27 +1130,27 @@ def _compiled(stack: _Stack, on: bool) -> Iterator[None]:
     finally:
         for layer, f in zip(layers, before): layer.__dict__.pop("forward") if f is None else layer.__dict__.update(forward=f)
 
-# %% ../nbs/13_extract.ipynb #b017e1a4
+# %% ../nbs/13_extract.ipynb #00b107fb
 def _parts(rank: int | None, world: int | None) -> _Parts:
     "Which process of how many; those of torchrun if nothing is said."
     parts = _Parts(int(os.environ.get("RANK", 0)) if rank is None else rank, int(os.environ.get("WORLD_SIZE", 1)) if world is None else world)
     if not 0 <= parts.rank < parts.world: raise ValueError(f"rank={parts.rank} of world_size={parts.world}: ranks are counted from 0")
     return parts
 
-# %% ../nbs/13_extract.ipynb #a4bb8f76
+# %% ../nbs/13_extract.ipynb #2144f551
 def _limit(config: Any, max_length: int | None) -> int | None:
     "The most tokens of a sample: what was asked for, and no more than the model has positions."
     if max_length is not None and max_length < 1: raise ValueError(f"max_length={max_length}: at least one token has to be read")
     return min((x for x in (max_length, getattr(config, "max_position_embeddings", None)) if x), default=None)
 
-# %% ../nbs/13_extract.ipynb #59912f56
+# %% ../nbs/13_extract.ipynb #5059a272
 def _warn(census: _Census) -> None:
     "Say what was left out."
     bad = census.unreadable
     if bad: warnings.warn(f"{_count(len(bad), 'row')} could not be read and {'is' if len(bad) == 1 else 'are'} left out: {'; '.join(f'''{b['where']}: {b['reason'][:120]}''' for b in bad[:5])}{f'; and {len(bad) - 5:,} more' if len(bad) > 5 else ''}", UnreadableRows, stacklevel=3)
     if census.counts["truncated"]: warnings.warn(f"{_count(census.counts['truncated'], 'sample')} had more tokens than are read, and lost the end; see `truncated` in index.json", UserWarning, stacklevel=3)
 
-# %% ../nbs/13_extract.ipynb #1fb2d1cb
+# %% ../nbs/13_extract.ipynb #5d9015f9
 def _prepare(model: Any, tokenizer: Any, rows: Any, folder: Path, folders: dict[Target, Path], o: Mapping, stack: ExitStack) -> tuple[_Run, dict]: # (run, what the test found)
     "Read the rows and make the plan."
     decoder, parts = _stack(model), o["parts"]
@@ -1153,7 +1163,7 @@ def _prepare(model: Any, tokenizer: Any, rows: Any, folder: Path, folders: dict[
     run.windows = _share(_windows(census.rows, most, 8 * run.budget), parts)
     return run, parity
 
-# %% ../nbs/13_extract.ipynb #6cf028f2
+# %% ../nbs/13_extract.ipynb #9b4bec2c
 def _execute(run: _Run, common: Mapping, parity: Mapping, o: Mapping) -> tuple[int, float, float]: # (windows kept, seconds, of these waited)
     "Compute what is not there yet."
     done, start, waited = run.begin(common, parity, o["resume"]), time.perf_counter(), 0.
@@ -1166,7 +1176,7 @@ def _execute(run: _Run, common: Mapping, parity: Mapping, o: Mapping) -> tuple[i
     run.log(f"{run.tokens:,} tokens in {seconds:.1f} s, {waited:.1f} s of them waiting for the disk")
     return done, seconds, waited
 
-# %% ../nbs/13_extract.ipynb #f09cb43b
+# %% ../nbs/13_extract.ipynb #86324090
 def _manifest(run: _Run, folder: Path, done: int, parity: Mapping, seconds: float, waited: float) -> Manifest:
     "What was done."
     census, many = run.census, len(run.folders)
@@ -1175,7 +1185,7 @@ def _manifest(run: _Run, folder: Path, done: int, parity: Mapping, seconds: floa
     return Manifest(folder, tuple(run.folders.values()), len(census), int(census.rows[-1]), census.counts["steps"], run.dim, many * sum(shards), many * sum(shards[:done]),
         tuple(census.unreadable), census.counts["truncated"], run.all_splits, dict(parity), seconds, waited, complete)
 
-# %% ../nbs/13_extract.ipynb #e95e374c
+# %% ../nbs/13_extract.ipynb #8aed14c0
 def _check_options(o: Mapping) -> None:
     "ValueError for settings that mean nothing."
     if o["dtype"] not in _TYPES: raise ValueError(f"dtype={o['dtype']!r} cannot be stored; choose {', '.join(_TYPES)}")
@@ -1183,7 +1193,7 @@ def _check_options(o: Mapping) -> None:
     if o["unreadable"] not in ("skip", "raise"): raise ValueError(f"unreadable={o['unreadable']!r} is unknown; choose skip or raise")
     if o["packing"] and o["deterministic"]: raise ValueError("deterministic=True needs batches of fixed shape, so rows cannot be packed; give packing=False")
 
-# %% ../nbs/13_extract.ipynb #072d7ba4
+# %% ../nbs/13_extract.ipynb #c02d9d4f
 def _extract(model: Any, tokenizer: Any, rows: Any, place: Callable, o: Mapping, stack: ExitStack) -> Manifest:
     "All of it, for a model that is ready."
     if o["chat"] is not False and not getattr(tokenizer, "chat_template", None): raise ValueError(f"{tokenizer_name(tokenizer)} has no chat template; give chat=False to feed responses alone, or a tokenizer that has one")
@@ -1196,7 +1206,7 @@ def _extract(model: Any, tokenizer: Any, rows: Any, place: Callable, o: Mapping,
     if o["parts"].world > 1: merge_extractions(folder)
     return _manifest(run, folder, done, parity, seconds, waited)
 
-# %% ../nbs/13_extract.ipynb #b257be7c
+# %% ../nbs/13_extract.ipynb #b4e3f423
 def extract_hidden_states(
     model_or_name: Any = None, # a causal model of transformers, its name or folder, or a key of `PUBLISHED_MODELS`; None: the toy
     rows: Any = None, # anything that `read_rows` takes, with a column `response`, and perhaps `problem`, `steps`, `id`, `response_ids`; None: 64 traces of the toy
