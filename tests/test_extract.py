@@ -19,7 +19,7 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, GemmaConfig, GPT2C
     Qwen3Config, T5Config, T5ForConditionalGeneration)
 
 from tracebook import extract
-from tracebook.extract import PUBLISHED_MODELS, BadStates, Manifest, extract_hidden_states, merge_extractions
+from tracebook.extract import PUBLISHED_MODELS, BadStates, HiddenStates, Manifest, extract_hidden_states, merge_extractions
 from tracebook.sources import UnreadableRows, sample_traces
 from tracebook.tokens import make_tokenizer, tokenize_trace
 from tracebook.toy import load_toy, toy_traces
@@ -736,3 +736,17 @@ def test_no_step_loses_its_first_word(tmp_path):
             n += text in spelled and len(spelled.strip()) <= len(text) + 3
             ends.append(s["token_end"])
     assert n >= .97 * sum(map(len, rows["steps"]))  # the others begin or end inside of a token
+
+
+def test_an_index_that_was_changed_is_found(tmp_path, llama):
+    "One digit of one offset, in a folder of one process and in one of two."
+    run(llama, ROWS, tmp_path/"one")
+    for rank in (0, 1): run(llama, ROWS, tmp_path/"two", rank=rank, world_size=2)
+    for folder in (tmp_path/"one", tmp_path/"two"):
+        assert read(folder, "config")["index_sha256"] == hashlib.sha256((folder/"index.json").read_bytes()).hexdigest()
+        hs, path = HiddenStates(folder), folder/"index.json"
+        step = next(s for x in hs.samples for s in x["steps"] if s["token_end"] - s["token_start"] > 1)
+        old, new = f'"token_end":{step["token_end"]},"token_start":{step["token_start"]}', f'"token_end":{step["token_end"] - 1},"token_start":{step["token_start"]}'
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        with pytest.raises(ValueError, match="index.json: its sha256"): HiddenStates(folder)
