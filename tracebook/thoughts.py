@@ -29,59 +29,67 @@ __all__ = ['THOUGHT_TOKENS', 'THOUGHT_TYPES', 'RATING_TOKENS', 'RATING_WORDS', '
            'rating_to_value', 'ThoughtTree', 'ThoughtNode', 'Place', 'parse_thoughts', 'ThoughtStream', 'TokenThought',
            'parse_thought_ids', 'read_trees']
 
-# %% ../nbs/03_thoughts.ipynb #142b0743
+# %% ../nbs/03_thoughts.ipynb #53d0dfaf
 THOUGHT_TOKENS = ("<start_of_father_id>", "<end_of_father_id>", "<start_of_local_id>", "<end_of_local_id>",
-    "<start_of_thought>", "<end_of_thought>", "<start_of_rating>", "<end_of_rating>",
-    "<positive_rating>", "<negative_rating>", "<unknown_rating>", "<problem>", "<critic>", "<refine>", "<conclusion>") # the published list, in its order
+    "<start_of_thought>", "<end_of_thought>", "<start_of_rating>", "<end_of_rating>", "<positive_rating>", "<negative_rating>",
+    "<unknown_rating>", "<problem>", "<critic>", "<refine>", "<conclusion>") # the published list, in its order
 THOUGHT_TYPES = ("problem", "expansion", "critic", "refine", "conclusion") # kinds of thoughts
+
+# %% ../nbs/03_thoughts.ipynb #0babbdd8
 RATING_TOKENS = dict(positive="<positive_rating>", negative="<negative_rating>", unknown="<unknown_rating>") # name -> token
 RATING_WORDS = dict(positive="True", negative="False", unknown="None") # the same in files of the offline variant
 
-# %% ../nbs/03_thoughts.ipynb #3854184f
+# %% ../nbs/03_thoughts.ipynb #d484122b
 _F, _f, _L, _l, _T, _E, _R, _r = THOUGHT_TOKENS[:8]
 _TAGS = {f"<{t}>": t for t in THOUGHT_TYPES} # tag -> type
-_NAMES = {_R + s + _r: name for table in (RATING_TOKENS, RATING_WORDS, dict(unknown="<unknow_rating>")) for name, s in table.items()} # a rating as printed -> its name
+_NAMES = {_R + s + _r: name for table in (RATING_TOKENS, RATING_WORDS, dict(unknown="<unknow_rating>"))
+    for name, s in table.items()} # a rating as printed -> its name
 _MARKERS = (*THOUGHT_TOKENS, "<expansion>", "<unknow_rating>", "<hint>", "</hint>") # all that a text may hold
 
-_WORD = r"<[^\W\d_]\w{3,11}>" # what may be a tag with a wrong letter: types have 6 to 10
-
+# %% ../nbs/03_thoughts.ipynb #edd38ba0
 DIALECTS["thoughts"] = Dialect("thoughts") # its markers come in trees, not in sections
 
-# %% ../nbs/03_thoughts.ipynb #6ea861c4
-register_codes("thoughts", "error", {
-    "missing_thought_end": "A thought is never closed; it ends at the next header or rating, or where the text ends.",
-    "left_truncated": "The text begins in the middle of a node; it is read from the first whole header on.",
-})
+# %% ../nbs/03_thoughts.ipynb #4dd77edf
 register_codes("thoughts", "info", {
     "empty_thought": "A thought has no text.",
     "hint_between_nodes": "A hint stands after a node; hints belong to prompts, so it is not written again.",
-    "rating_misspelled": "The unknown rating is spelled in the older way, without its second n; it is read as unknown.",
-    "rating_word": "The rating is one of the words True, False and None.",
     "root_rated": "The root has a rating, as in texts that the code wrote; in the data it has none.",
-    "type_in_text": "The tag of a type stands in the middle of a thought; it stays text.",
 })
 
-# %% ../nbs/03_thoughts.ipynb #f4cbea0e
+# %% ../nbs/03_thoughts.ipynb #a6ebc1f7
 register_codes("thoughts", "warn", {
-    "bad_id": "The number of a node or of its father is no integer of at most 64 digits; it is read as None.",
-    "bad_rating": "A rating is empty, unknown or not closed; it is read as None, and its text is kept.",
     "doubled_header": "A thought begins with the header of its own node once more; the inner one counts.",
-    "duplicate_id": "An earlier node has the same number; both are kept.",
-    "forward_father": "The father comes later in the text.",
-    "missing_rating": "A node other than the root has no rating.",
-    "missing_root": "No node has the father -1.",
+    "left_truncated": "The text begins in the middle of a node; it is read from the first whole header on.",
     "missing_thought_start": "No thought is opened after a header; it starts right after it.",
-    "multiple_roots": "Another node before this one has the father -1.",
-    "orphan_father": "No node has the number of the father.",
-    "self_father": "A node is its own father or its own ancestor; it has no parent.",
     "stray_marker": "A marker where it has no meaning; it stays text.",
     "stray_text": "Text between two nodes that is no white space.",
     "tuple_root": "The root is printed as a pair ('text', 'gold answer'); what stands around the text is a gap.",
-    "unknown_type_tag": "A thought begins with a word in angle brackets that is a type but for one or two letters; it stays text, and the thought is an expansion.",
-    "type_repeated": "A thought begins with more than one tag; the first is its type, the others stay text.",
 })
 
-# %% ../nbs/03_thoughts.ipynb #c57b7d3d
+# %% ../nbs/03_thoughts.ipynb #7e26ecd4
+register_codes("thoughts", "warn", {
+    "bad_id": "The number of a node or of its father is no integer of at most 64 digits; it is read as None.",
+    "duplicate_id": "An earlier node has the same number; both are kept.",
+    "forward_father": "The father comes later in the text.",
+    "missing_root": "No node has the father -1.",
+    "multiple_roots": "Another node before this one has the father -1.",
+    "orphan_father": "No node has the number of the father.",
+    "self_father": "A node is its own father or its own ancestor; it has no parent.",
+})
+
+# %% ../nbs/03_thoughts.ipynb #8df3abfa
+register_codes("thoughts", "warn", {
+    "bad_rating": "A rating is empty, unknown or not closed; it is read as None, and its text is kept.",
+    "missing_rating": "A node other than the root has no rating.",
+    "missing_thought_end": "A thought is never closed; it ends at the next header or rating, or where the text ends.",
+    "rating_misspelled": "The unknown rating is spelled in the older way, without its second n; it is read as unknown.",
+    "rating_word": "The rating is one of the words True, False and None.",
+    "type_in_text": "The tag of a type stands in the middle of a thought; it stays text.",
+    "type_repeated": "A thought begins with more than one tag; the first is its type, the others stay text.",
+    "unknown_type_tag": "A thought begins with a word in angle brackets that is a type but for one or two letters; it stays text, and the thought is an expansion.",
+})
+
+# %% ../nbs/03_thoughts.ipynb #fe786ab5
 def value_to_rating_token(
     value: float | None, # a log-probability, in (-inf, 0]
     rule: str = "probability", # "probability": positive from 1/2 on; "sign": of the first versions, which looked at the sign
@@ -92,16 +100,17 @@ def value_to_rating_token(
     if rule == "sign": return RATING_TOKENS["positive" if value > 0 else "negative" if value < 0 else "unknown"]
     return RATING_TOKENS["unknown" if value > 0 else "positive" if value >= math.log(.5) else "negative"]
 
-# %% ../nbs/03_thoughts.ipynb #6bf2d7fb
+# %% ../nbs/03_thoughts.ipynb #11be41ff
+_SPOKEN = {None: "unknown"} | {n: n for n in RATING_TOKENS} | {k.removeprefix(_R).removesuffix(_r): n for k, n in _NAMES.items()} | _NAMES
+
 def rating_to_value(
     rating: str | None, # "positive", its token, its word, or all of it with the tags around
 ) -> float | None: # 0.0, log(1e-6), or None for unknown; ValueError for anything else
     "The log-probability that a rating stands for."
-    names = {None: "unknown"} | {n: n for n in RATING_TOKENS} | {k.removeprefix(_R).removesuffix(_r): n for k, n in _NAMES.items()} | _NAMES
-    if rating not in names: raise ValueError(f"rating {rating!r} is unknown; choose positive, negative or unknown")
-    return dict(positive=0.0, negative=math.log(1e-6), unknown=None)[names[rating]]
+    if rating not in _SPOKEN: raise ValueError(f"rating {rating!r} is unknown; choose positive, negative or unknown")
+    return dict(positive=0.0, negative=math.log(1e-6), unknown=None)[_SPOKEN[rating]]
 
-# %% ../nbs/03_thoughts.ipynb #409b4609
+# %% ../nbs/03_thoughts.ipynb #09ebb864
 class ThoughtTree:
     "Nodes in the order of the text, linked by position; a forest where the text is one."
     def __init__(self):
@@ -112,10 +121,21 @@ class ThoughtTree:
 
     def __len__(self) -> int: return len(self._up)
 
-    def _cell(self, i: int, part: int) -> str: # a part of a row, without making the row
-        return self._rows[i][part] if isinstance(self._rows, list) else self._rows.cell(i, part)
+# %% ../nbs/03_thoughts.ipynb #234956e4
+_INTEGER = re.compile("-?[0-9]{1,64}")
 
-# %% ../nbs/03_thoughts.ipynb #c5423c92
+@lru_cache(4096) # a number is asked for several times: by its node, and by the children
+def _integer(printed: str) -> int | None: return int(printed) if _INTEGER.fullmatch(printed) else None
+
+def _said(printed: str) -> int | str: # the number, or what stands there instead
+    return printed if (number := _integer(printed)) is None else number
+
+# %% ../nbs/03_thoughts.ipynb #5a4dd967
+@patch
+def _cell(self: ThoughtTree, i: int, part: int) -> str: # a part of a row, without making the row
+    return self._rows[i][part] if isinstance(self._rows, list) else self._rows.cell(i, part)
+
+# %% ../nbs/03_thoughts.ipynb #e3f04a9c
 class ThoughtNode:
     "One node of a tree."
     __slots__ = ("tree", "index")
@@ -131,13 +151,7 @@ class ThoughtNode:
         "The father's number that the header prints; it may lead nowhere."
         return _integer(self.tree._cell(self.index, 0))
 
-# %% ../nbs/03_thoughts.ipynb #e3845bbf
-_INTEGER = re.compile("-?[0-9]{1,64}")
-
-@lru_cache(4096) # a number is asked for several times: by its node, and by the children
-def _integer(printed: str) -> int | None: return int(printed) if _INTEGER.fullmatch(printed) else None
-
-# %% ../nbs/03_thoughts.ipynb #1987e8b1
+# %% ../nbs/03_thoughts.ipynb #ceeed8df
 @patch(as_prop=True)
 def type(self: ThoughtNode) -> str: # one of `THOUGHT_TYPES`
     "What kind of thought it is; without a tag, an expansion."
@@ -148,6 +162,7 @@ def tag(self: ThoughtNode) -> str: # such as "`<critic>`", or ""
     "The tag as it is printed, if it is."
     return self.tree._cell(self.index, 2)
 
+# %% ../nbs/03_thoughts.ipynb #3ce5c032
 @patch(as_prop=True)
 def text(self: ThoughtNode) -> str: # without the tag of its type, otherwise untouched
     "The thought."
@@ -158,14 +173,7 @@ def state(self: ThoughtNode) -> str: # the same as `text`
     "The thought, by the name that a search uses."
     return self.text
 
-# %% ../nbs/03_thoughts.ipynb #bf89f390
-@patch(as_prop=True)
-def rating(self: ThoughtNode) -> str | None: # "positive", "negative", "unknown", or None
-    "The rating as it was read or given; else what the value says; None if there is neither."
-    printed, value = self.tree._cell(self.index, 4), self.value
-    if printed: return _NAMES.get(printed.strip())
-    return None if value is None else value_to_rating_token(value)[1:-8]
-
+# %% ../nbs/03_thoughts.ipynb #2947495c
 @patch(as_prop=True)
 def value(self: ThoughtNode) -> float | None: # None: not known
     "Log-probability that the thought is good; it can be set."
@@ -177,7 +185,15 @@ def _set_value(node: ThoughtNode, value: float | None) -> None:
 
 ThoughtNode.value = ThoughtNode.value.setter(_set_value)
 
-# %% ../nbs/03_thoughts.ipynb #2fcab1ef
+# %% ../nbs/03_thoughts.ipynb #a3b387a5
+@patch(as_prop=True)
+def rating(self: ThoughtNode) -> str | None: # "positive", "negative", "unknown", or None
+    "The rating as it was read or given; else what the value says; None if there is neither."
+    printed, value = self.tree._cell(self.index, 4), self.value
+    if printed: return _NAMES.get(printed.strip())
+    return None if value is None else value_to_rating_token(value)[1:-8]
+
+# %% ../nbs/03_thoughts.ipynb #a73a5680
 @patch(as_prop=True)
 def info(self: ThoughtNode) -> dict: # any data that JSON can hold; kept by `to_dict`
     "A place for what others want to keep with a node, such as visits."
@@ -193,7 +209,57 @@ def complete(self: ThoughtNode) -> bool: # False: the text broke off in it
     "Whether the thought was closed."
     return self.index not in self.tree._open
 
-# %% ../nbs/03_thoughts.ipynb #8057f406
+# %% ../nbs/03_thoughts.ipynb #1d911342
+class _Nodes(Sequence):
+    "The nodes of a tree, each made when it is first asked for."
+    def __init__(self, tree: ThoughtTree): self.tree = tree
+    def __len__(self) -> int: return len(self.tree)
+    def __repr__(self) -> str: return repr([*self])
+    def __eq__(self, other) -> bool: return isinstance(other, (list, tuple, _Nodes)) and len(self) == len(other) and all(map(eq, self, other))
+
+    def __getitem__(self, i: int | slice) -> ThoughtNode | list[ThoughtNode]:
+        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
+        made, k = self.tree._made, range(len(self))[i]
+        return made.get(k) or made.setdefault(k, ThoughtNode(self.tree, k))
+
+# %% ../nbs/03_thoughts.ipynb #979186ef
+@patch
+def __iter__(self: _Nodes) -> Iterator[ThoughtNode]:
+    tree, made = self.tree, self.tree._made
+    for k in range(len(self)) if len(made) < len(self) else ():
+        if k not in made: made[k] = ThoughtNode(tree, k)
+    return map(made.__getitem__, range(len(self)))
+
+@patch(as_prop=True)
+def nodes(self: ThoughtTree) -> Sequence[ThoughtNode]: # used like a list; always the same objects
+    "All nodes in the order of the text."
+    return _Nodes(self)
+
+@patch
+def __iter__(self: ThoughtTree) -> Iterator[ThoughtNode]: return iter(self.nodes)
+
+# %% ../nbs/03_thoughts.ipynb #1915eabe
+@patch(as_prop=True)
+def _children(self: ThoughtTree) -> list[list[int]]:
+    if "children" not in self._cache:
+        out = self._cache["children"] = [[] for _ in self._up]
+        for i, up in enumerate(self._up):
+            if up >= 0: out[up].append(i)
+    return self._cache["children"]
+
+# %% ../nbs/03_thoughts.ipynb #a48c1269
+@patch(as_prop=True)
+def _depths(self: ThoughtTree) -> list[int]:
+    if "depths" not in self._cache:
+        out, queue, children = [0] * len(self), deque(i for i, up in enumerate(self._up) if up < 0), self._children
+        while queue:
+            i = queue.popleft()
+            for child in children[i]: out[child] = out[i] + 1
+            queue.extend(children[i])
+        self._cache["depths"] = out
+    return self._cache["depths"]
+
+# %% ../nbs/03_thoughts.ipynb #a0339c43
 @patch(as_prop=True)
 def parent(self: ThoughtNode) -> ThoughtNode | None: # None: a root, or the father is not there
     "The node above."
@@ -211,55 +277,7 @@ def depth(self: ThoughtNode) -> int: # 0 for a root
     "How many steps it is from its root."
     return self.tree._depths[self.index]
 
-# %% ../nbs/03_thoughts.ipynb #e2d59020
-class _Nodes(Sequence):
-    "The nodes of a tree, each made when it is first asked for."
-    def __init__(self, tree: ThoughtTree): self.tree = tree
-    def __len__(self) -> int: return len(self.tree)
-    def __repr__(self) -> str: return repr([*self])
-    def __eq__(self, other) -> bool: return isinstance(other, (list, tuple, _Nodes)) and len(self) == len(other) and all(map(eq, self, other))
-
-    def __getitem__(self, i: int | slice) -> ThoughtNode | list[ThoughtNode]:
-        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
-        made, k = self.tree._made, range(len(self))[i]
-        return made.get(k) or made.setdefault(k, ThoughtNode(self.tree, k))
-
-    def __iter__(self) -> Iterator[ThoughtNode]:
-        tree, made = self.tree, self.tree._made
-        for k in range(len(self)) if len(made) < len(self) else ():
-            if k not in made: made[k] = ThoughtNode(tree, k)
-        return map(made.__getitem__, range(len(self)))
-
-# %% ../nbs/03_thoughts.ipynb #297357d0
-@patch(as_prop=True)
-def nodes(self: ThoughtTree) -> Sequence[ThoughtNode]: # used like a list; always the same objects
-    "All nodes in the order of the text."
-    return _Nodes(self)
-
-@patch
-def __iter__(self: ThoughtTree) -> Iterator[ThoughtNode]: return iter(self.nodes)
-
-@patch(as_prop=True)
-def _children(self: ThoughtTree) -> list[list[int]]:
-    if "children" not in self._cache:
-        out = self._cache["children"] = [[] for _ in self._up]
-        for i, up in enumerate(self._up):
-            if up >= 0: out[up].append(i)
-    return self._cache["children"]
-
-# %% ../nbs/03_thoughts.ipynb #e68c2cb8
-@patch(as_prop=True)
-def _depths(self: ThoughtTree) -> list[int]:
-    if "depths" not in self._cache:
-        out, queue, children = [0] * len(self), deque(i for i, up in enumerate(self._up) if up < 0), self._children
-        while queue:
-            i = queue.popleft()
-            for child in children[i]: out[child] = out[i] + 1
-            queue.extend(children[i])
-        self._cache["depths"] = out
-    return self._cache["depths"]
-
-# %% ../nbs/03_thoughts.ipynb #4802db09
+# %% ../nbs/03_thoughts.ipynb #d0fc574c
 @patch(as_prop=True)
 def roots(self: ThoughtTree) -> list[ThoughtNode]: # at least one, unless the tree is empty
     "All nodes without a parent, orphans among them."
@@ -272,12 +290,31 @@ def root(self: ThoughtTree) -> ThoughtNode | None: # None: no node or more than 
     declared = [n for n in self.roots if n.parent_id == -1]
     return declared[0] if len(declared) == 1 else None
 
-# %% ../nbs/03_thoughts.ipynb #85265b43
+# %% ../nbs/03_thoughts.ipynb #ab836b25
+@patch(as_prop=True)
+def leaves(self: ThoughtTree) -> list[ThoughtNode]: # in the order of the text
+    "Nodes without children."
+    nodes = self.nodes
+    return [nodes[i] for i, c in enumerate(self._children) if not c]
+
+@patch(as_prop=True)
+def depth(self: ThoughtTree) -> int: # 0 for a root alone and for an empty tree
+    "Depth of the deepest node."
+    return max(self._depths, default=0)
+
+# %% ../nbs/03_thoughts.ipynb #fb36f760
+@patch(as_prop=True)
+def branching(self: ThoughtTree) -> float | None: # None: no node has children
+    "Children of a node that has any, on average."
+    sizes = [len(c) for c in self._children if c]
+    return sum(sizes) / len(sizes) if sizes else None
+
+# %% ../nbs/03_thoughts.ipynb #3845a2e6
 @patch
-def _key(self: ThoughtNode) -> tuple:
-    row = self.tree._rows[self.index]
-    ids = tuple(p if i is None else i for p, i in ((row[0], self.parent_id), (row[1], self.local_id)))
-    return self.index, self.tree._up[self.index], *ids, self.type, row[3], self.rating or row[4].strip(), self.value, self.hint, self.complete
+def _key(self: ThoughtNode) -> tuple: # what equal nodes have in common
+    father, local, _, text, rating, _ = self.tree._rows[self.index]
+    return (self.index, self.tree._up[self.index], _said(father), _said(local), self.type, text,
+        self.rating or rating.strip(), self.value, self.hint, self.complete)
 
 @patch
 def __eq__(self: ThoughtNode, other) -> bool: return self is other or isinstance(other, ThoughtNode) and self._key() == other._key()
@@ -285,12 +322,13 @@ def __eq__(self: ThoughtNode, other) -> bool: return self is other or isinstance
 @patch
 def __hash__(self: ThoughtNode) -> int: return hash((self.index, self.text))
 
+# %% ../nbs/03_thoughts.ipynb #05ce388e
 @patch
 def __eq__(self: ThoughtTree, other) -> bool: return isinstance(other, ThoughtTree) and self.nodes == other.nodes
 
 ThoughtTree.__hash__ = None # a tree can change
 
-# %% ../nbs/03_thoughts.ipynb #165ac2b4
+# %% ../nbs/03_thoughts.ipynb #7b5603f5
 def _short(text: str, limit: int = 40) -> str: return text if len(text) <= limit else text[:limit - 1] + "…"
 
 @patch
@@ -298,39 +336,60 @@ def __repr__(self: ThoughtNode) -> str:
     rating = "" if self.rating is None else f", {self.rating}"
     return f"ThoughtNode({self.index}, local_id={self.local_id}, parent_id={self.parent_id}, {self.type}, {_short(self.text)!r}{rating})"
 
+# %% ../nbs/03_thoughts.ipynb #f1c9ff9b
 @patch
-def __repr__(self: ThoughtTree) -> str:
-    return f"ThoughtTree({', '.join(_count(n, word) for n, word in ((len(self), 'node'), (len(self.leaves), 'leaf'), (len(self.issues), 'issue')))}, depth {self.depth})".replace("leafs", "leaves")
+def _about(self: ThoughtTree) -> str:
+    "Its size in words."
+    n = len(self.leaves)
+    leaves = f"{n:,} leaves" if n > 1 else _count(n, "leaf")
+    return f"{_count(len(self), 'node')}, {leaves}, {_count(len(self.issues), 'issue')}, depth {self.depth}"
 
-# %% ../nbs/03_thoughts.ipynb #e873660d
+@patch
+def __repr__(self: ThoughtTree) -> str: return f"ThoughtTree({self._about()})"
+
+# %% ../nbs/03_thoughts.ipynb #d9831b19
 class _Grammar:
     "The expressions of the format, for one spelling of its markers."
     def __init__(self, spell: Callable[[str], str] = str, plain: str = f"(?:[^<]|<(?!{'|'.join(m[1:] for m in _MARKERS)}))"):
-        one = self.spell = {m: spell(m) for m in _MARKERS}
-        some = lambda *names: "|".join(re.escape(one[n]) for n in names)
-        self.header = re.compile(f"{some(_F)}({plain}{{0,64}}){some(_f)}{some(_L)}({plain}{{0,64}}){some(_l)}")
-        self.open, self.tag, self.any = re.compile(rf"\s*+{some(_T)}"), re.compile(some(*_TAGS)), re.compile(some(*_MARKERS))
-        self.end, self.after = re.compile(some(_E, _R)), re.compile(some(_E, _R, "<hint>")) # what ends a thought; what may follow one
-        self.rated, self.hinted = re.compile(some(_r, _R, _T, _E, "<hint>")), re.compile(some("</hint>", "<hint>", _R, _E)) # what ends a rating, and a hint
-        self.types = {one[tag]: tag for tag in _TAGS}
-        self.word, self.usual = re.compile(_WORD), re.compile(self.header.pattern + self._body(some), re.DOTALL)
+        self.spell, self.types = {m: spell(m) for m in _MARKERS}, {spell(tag): tag for tag in _TAGS}
+        number = f"({plain}{{0,64}})"
+        self.header = re.compile(f"{self.some(_F)}{number}{self.some(_f)}{self.some(_L)}{number}{self.some(_l)}")
+        self.usual = re.compile(self.header.pattern + self._body(), re.DOTALL) # a whole stretch in one of the usual forms
+        self._ends()
 
-    def _until(self, *names: str) -> str:
-        "What holds none of some markers, in one pass."
-        firsts, rests = "".join({re.escape(self.spell[n][0]) for n in names}), "|".join(re.escape(self.spell[n][1:]) for n in names)
-        return f"[^{firsts}]*+(?:[{firsts}](?!{rests})[^{firsts}]*+)*+"
+    def some(self, *names: str) -> str: return "|".join(re.escape(self.spell[n]) for n in names)
 
-# %% ../nbs/03_thoughts.ipynb #882ce0e0
+# %% ../nbs/03_thoughts.ipynb #ef851faf
+_WORD = r"<[^\W\d_]\w{3,11}>" # types have 6 to 10 letters
+
 @patch
-def _body(self: _Grammar, some: Callable) -> str: # groups after the two of the header: tag, thought, end, rating as printed, its word, hint, gap
+def _ends(self: _Grammar):
+    "The expressions for what opens and what ends each part."
+    self.open, self.tag = re.compile(rf"\s*+{self.some(_T)}"), re.compile(self.some(*_TAGS))
+    self.word, self.any = re.compile(_WORD), re.compile(self.some(*_MARKERS))
+    self.end, self.after = re.compile(self.some(_E, _R)), re.compile(self.some(_E, _R, "<hint>")) # what ends a thought; what may follow one
+    self.rated = re.compile(self.some(_r, _R, _T, _E, "<hint>")) # what ends a rating
+    self.hinted = re.compile(self.some("</hint>", "<hint>", _R, _E)) # what ends a hint
+
+# %% ../nbs/03_thoughts.ipynb #41b613f1
+@patch
+def _until(self: _Grammar, *names: str) -> str:
+    "What holds none of some markers, in one pass."
+    firsts, rests = "".join({re.escape(self.spell[n][0]) for n in names}), "|".join(re.escape(self.spell[n][1:]) for n in names)
+    return f"[^{firsts}]*+(?:[{firsts}](?!{rests})[^{firsts}]*+)*+"
+
+# %% ../nbs/03_thoughts.ipynb #ccae16d8
+@patch
+def _body(self: _Grammar) -> str: # groups after the two of the header: tag, thought, end, rating as printed, its word, hint, gap
     "What follows the header of a usual stretch."
-    rating = rf"(\s*+{some(_R)}({self._until(_r, _R, _T, _E, '<hint>')}){some(_r)})?+"
-    hint = rf"(?:\s*+{some('<hint>')}({self._until('</hint>', '<hint>', _R, _E)}){some('</hint>')})?+"
-    return rf"{some(_T)}((?:{some(*_TAGS)})?+)({self._until(_E, _R)})((?:{some(_E)})?+){rating}{hint}(\s*+)"
+    some, until = self.some, self._until
+    rating = rf"(\s*+{some(_R)}({until(_r, _R, _T, _E, '<hint>')}){some(_r)})?+"
+    hint = rf"(?:\s*+{some('<hint>')}({until('</hint>', '<hint>', _R, _E)}){some('</hint>')})?+"
+    return rf"{some(_T)}((?:{some(*_TAGS)})?+)({until(_E, _R)})((?:{some(_E)})?+){rating}{hint}(\s*+)"
 
 _TEXT = _Grammar()
 
-# %% ../nbs/03_thoughts.ipynb #830e64f4
+# %% ../nbs/03_thoughts.ipynb #10455851
 class Place(NamedTuple):
     "Where a node and its parts stand; spans of characters, or of tokens."
     node: Span # from its header to the end of its rating or hint
@@ -339,43 +398,267 @@ class Place(NamedTuple):
     thought: Span # its text
     rating: Span | None # what stands between the tags of its rating
 
+# %% ../nbs/03_thoughts.ipynb #e37fadb6
 class _Reader:
     "Headers and what follows them in; rows, spans and defects out."
     def __init__(self, grammar: _Grammar):
-        self.g, self.base, self.rows, self.places, self.parts, self.found = grammar, 0, [], [], [], [] # base: offset of the text at hand; parts: spans, or usual stretches
-        self.hints, self.open, self.began = {}, set(), False # began: the first header, or the end, was reached
-        self.start, self.shells, self.wrapped = None, 0, False # start of an outer header, how many there are, and whether it is in a printed pair
+        self.g, self.base, self.began = grammar, 0, False # base: offset of the text at hand; began: the first header, or the end, was reached
+        self.rows, self.places, self.parts, self.found = [], [], [], [] # parts: spans, or usual stretches; found: (code, start, end)
+        self.hints, self.open = {}, set() # by position: the hint after a node; nodes whose thought is not closed
+        self.start, self.shells, self.wrapped = None, 0, False # start of the outermost shell, how many are open, and whether the node is wrapped
 
-    def note(self, code: str, start: int, end: int): self.found.append((code, self.base + start, self.base + end))
+    def __len__(self) -> int: return len(self.places)
 
-    def put(self, kind: str, start: int, end: int, complete: bool = True) -> Span:
-        self.parts.append(tuple.__new__(Span, (kind, self.base + start, self.base + end, complete)))
-        return self.parts[-1]
+# %% ../nbs/03_thoughts.ipynb #9ca2f268
+@patch
+def note(self: _Reader, code: str, start: int, end: int): self.found.append((code, self.base + start, self.base + end))
 
-# %% ../nbs/03_thoughts.ipynb #6a2ae9a4
+@patch
+def put(self: _Reader, kind: str, start: int, end: int, complete: bool = True) -> Span:
+    self.parts.append(tuple.__new__(Span, (kind, self.base + start, self.base + end, complete)))
+    return self.parts[-1]
+
+# %% ../nbs/03_thoughts.ipynb #9a561e83
+_PAIR, _PAIR_END = re.compile(r"\s*+(?:\(['\"])?"), re.compile(r"(?:\\n|\s)*+['\"],")
+
+@patch
+def gap(self: _Reader, text: str, start: int, end: int):
+    "A stretch that belongs to no node."
+    if start == end: return
+    self.put("gap", start, end)
+    piece = text[start:end]
+    if piece.isspace(): return
+    if self.wrapped and _PAIR_END.match(piece) and piece.rstrip().endswith(")"): self.wrapped = False
+    else: self.stray(text, start, end)
+
+# %% ../nbs/03_thoughts.ipynb #38cd9e75
+@patch
+def stray(self: _Reader, text: str, start: int, end: int):
+    "Note the markers in a gap or, where it has none, the text."
+    marks = [m.span() for m in self.g.any.finditer(text, start, end)]
+    for span in marks: self.note("stray_marker", *span)
+    if not marks: self.note("stray_text", start, end)
+
+# %% ../nbs/03_thoughts.ipynb #d32f17f5
+_TAILS = tuple({m[k:] for m in THOUGHT_TOKENS[:11] for k in range(1, len(m) - 1)})
+
+@patch
+def head(self: _Reader, text: str, stop: int):
+    "What stands before the first header."
+    pair = 2 if stop < len(text) and text[max(stop - 2, 0):stop] in ("('", '("') else 0
+    if size := stop - pair: self.put("prefix", 0, size)
+    self.cut(text, size)
+    if pair:
+        self.put("gap", size, stop)
+        self.note("tuple_root", size, stop)
+    self.wrapped, self.began = bool(pair), True
+
+# %% ../nbs/03_thoughts.ipynb #259a287c
+@patch
+def cut(self: _Reader, text: str, size: int):
+    "Note what a prefix is the end of."
+    marks = [m[0] for m in self.g.any.finditer(text, 0, size)]
+    if set(marks) - {"<hint>", "</hint>"} or size and text.startswith(_TAILS): self.note("left_truncated", 0, size)
+    elif marks: self.note("hint_between_nodes", 0, size)
+
+# %% ../nbs/03_thoughts.ipynb #15e3b581
+_HEADER = ("marker", "id", "marker", "marker", "id", "marker") # kinds of its spans
+
+def _seams(m: re.Match, g: _Grammar) -> tuple[int, ...]:
+    "Where the six parts of a header begin, and where the last one ends."
+    return m.start(), *m.span(1), m.end(1) + len(g.spell[_f]), *m.span(2), m.end(2) + len(g.spell[_l])
+
+@patch
+def header(self: _Reader, m: re.Match) -> tuple[Span, Span]: # those of the two numbers
+    "The spans of a header."
+    if self.start is None: self.start = self.base + m.start()
+    else: self.note("doubled_header", *m.span())
+    seams = _seams(m, self.g)
+    spans = [self.put(*part) for part in zip(_HEADER, seams, seams[1:])]
+    return spans[1], spans[4]
+
+# %% ../nbs/03_thoughts.ipynb #f4086dcb
+@patch
+def closing(self: _Reader, ends: re.Pattern, marker: str, text: str, at: int, stop: int) -> tuple[bool, int, int]:
+    "How a part ends: (whether by its marker, where, where the marker ends)."
+    found = ends.search(text, at, stop)
+    last = found.start() if found else stop
+    if found and found[0] == self.g.spell[marker]: return True, last, found.end()
+    return False, last, last
+
+# %% ../nbs/03_thoughts.ipynb #e69b3461
+@patch
+def thought(self: _Reader, text: str, at: int, stop: int) -> tuple[Span, str, str, int]:
+    "A thought: (span, tag, text, where it ends)."
+    if tag := self.g.tag.match(text, at, stop): self.put("marker", at, at := tag.end())
+    closed, end, last = self.closing(self.g.end, _E, text, at, stop)
+    self.inside(text, at, end, tag is not None)
+    span = self.put("thought", at, end, closed)
+    if closed: self.put("marker", end, last)
+    else: self.unclosed(at, end)
+    return span, self.g.types[tag[0]] if tag else "", text[at:end], last
+
+@patch
+def unclosed(self: _Reader, start: int, end: int):
+    "Note that the thought of the next row is not closed."
+    self.open.add(len(self.rows))
+    self.note("missing_thought_end", start, end)
+
+# %% ../nbs/03_thoughts.ipynb #3614ba59
+@patch
+def inside(self: _Reader, text: str, start: int, end: int, tagged: bool):
+    "Note what is odd in a thought."
+    if start == end: self.note("empty_thought", start, end)
+    if not tagged and (word := self.g.word.match(text, start, end)) and _nearly_a_type(word[0][1:-1]): self.note("unknown_type_tag", *word.span())
+    edge = start if tagged else -1 # where a tag is still one of those that the thought begins with
+    for m in self.g.any.finditer(text, start, end):
+        if m[0] not in self.g.types: code = "stray_marker"
+        elif m.start() != edge: code = "type_in_text"
+        else: code, edge = "type_repeated", m.end()
+        self.note(code, *m.span())
+
+# %% ../nbs/03_thoughts.ipynb #4e71bd6f
+def _nearly_a_type(word: str) -> bool:
+    "Whether two letters put in, left out or changed make a type of a word."
+    return any(_distance(word, kind) <= 2 for kind in THOUGHT_TYPES)
+
+# %% ../nbs/03_thoughts.ipynb #80728827
+def _distance(a: str, b: str) -> int:
+    "Letters to put in, to leave out or to change (Levenshtein)."
+    row = range(len(b) + 1)
+    for i, x in enumerate(a, 1):
+        new = [i]
+        for j, y in enumerate(b, 1): new.append(min(row[j] + 1, new[-1] + 1, row[j - 1] + (x != y)))
+        row = new
+    return row[-1]
+
+# %% ../nbs/03_thoughts.ipynb #c4298db8
+_QUIET = {None, *RATING_TOKENS.values()} # words of a rating of which nothing is to be said
+
+@patch
+def judge(self: _Reader, word: str, closed: bool, start: int, end: int):
+    "Note what is wrong with the word of a rating."
+    if not closed or _R + word + _r not in _NAMES: self.note("bad_rating", start, end)
+    elif word == "<unknow_rating>": self.note("rating_misspelled", start, end)
+    elif word in RATING_WORDS.values(): self.note("rating_word", start, end)
+
+# %% ../nbs/03_thoughts.ipynb #7ce49b5a
+@patch
+def rating(self: _Reader, text: str, m: re.Match, stop: int) -> tuple[str, Span, int]:
+    "A rating: (as printed, span, where it ends)."
+    closed, end, last = self.closing(self.g.rated, _r, text, m.end(), stop)
+    self.put("marker", *m.span())
+    span = self.put("rating", m.end(), end, closed)
+    if closed: self.put("marker", end, last)
+    self.judge(text[m.end():end], closed, m.start(), last)
+    return text[m.start():last], span, last
+
+# %% ../nbs/03_thoughts.ipynb #a6caa0e5
+@patch
+def hint(self: _Reader, text: str, m: re.Match, stop: int) -> int:
+    "A hint; returns where it ends."
+    closed, end, last = self.closing(self.g.hinted, "</hint>", text, m.end(), stop)
+    self.put("marker", *m.span())
+    self.put("hint", m.end(), end, closed)
+    if closed:
+        self.hints.setdefault(len(self.rows), text[m.end():end])
+        self.put("marker", end, last)
+    self.note("hint_between_nodes", m.start(), last)
+    return last
+
+# %% ../nbs/03_thoughts.ipynb #b7279f09
+@patch
+def expects(self: _Reader, marker: str, rated: Span | None) -> bool:
+    "Whether a marker has a meaning after a thought, with the rating that was found so far."
+    if marker == self.g.spell[_E]: return self.shells > 0
+    return marker != self.g.spell[_R] or rated is None
+
+@patch
+def end_shell(self: _Reader, m: re.Match) -> int:
+    "The end marker of a shell; returns where it ends."
+    self.put("marker", *m.span())
+    self.shells -= 1
+    return m.end()
+
+# %% ../nbs/03_thoughts.ipynb #eba5df28
+@patch
+def tail(self: _Reader, text: str, at: int, stop: int) -> tuple[str, Span | None, int, str | None]:
+    "What follows a thought: (rating as printed, its span, where the node ends, white space after it or None)."
+    rating, rated = "", None
+    for m in self.g.after.finditer(text, at, stop):
+        if m.start() < at or not self.expects(m[0], rated): continue
+        lead = text[at:m.start()]
+        self.gap(text, at, m.start())
+        if m[0] == self.g.spell["<hint>"]: at = self.hint(text, m, stop)
+        elif m[0] == self.g.spell[_E]: at = self.end_shell(m)
+        else:
+            rating, rated, at = self.rating(text, m, stop)
+            if lead.isspace(): rating = lead + rating
+    self.gap(text, at, stop)
+    blank = text[at:stop]
+    return rating, rated, at, blank if not blank or blank.isspace() else None
+
+# %% ../nbs/03_thoughts.ipynb #483f8c41
+@patch
+def node(self: _Reader, text: str, m: re.Match, at: int, stop: int, father: Span, local: Span):
+    "What follows a header, as a row."
+    thought, tag, piece, last = self.thought(text, at, stop)
+    rating, rated, last, gap = self.tail(text, last, stop)
+    self.places.append(Place(Span("node", self.start, self.base + last, thought.complete), father, local, thought, rated))
+    self.rows.append((*m.groups(), tag, piece, rating, gap))
+    self.start, self.shells, self.wrapped = None, 0, False
+
+# %% ../nbs/03_thoughts.ipynb #aee91916
 class _Stretch(NamedTuple):
     "A node in one of the usual forms."
     match: re.Match
     base: int # offset of the text that was matched
     g: _Grammar
 
-    def spans(self) -> list[Span]:
-        "What it is made of, without gaps where there is nothing."
-        m, size = self.match, {k: len(v) for k, v in self.g.spell.items()}
-        ends = [("marker", m.start(1)), ("id", m.end(1)), ("marker", m.end(1) + size[_f]), ("marker", m.start(2)), ("id", m.end(2)), ("marker", m.end(2) + size[_l]),
-            ("marker", m.start(3)), ("marker", m.end(3)), ("thought", m.end(4)), ("marker", m.end(5))]
-        for kind, group, opening, closing in (("rating", 7, _R, _r), ("hint", 8, "<hint>", "</hint>")):
-            if m[group] is not None: ends += ("gap", m.start(group) - size[opening]), ("marker", m.start(group)), (kind, m.end(group)), ("marker", m.end(group) + size[closing])
-        ends, starts = [*ends, ("gap", m.end())], [m.start(), *(end for _, end in ends)]
-        return [Span(kind, self.base + a, self.base + b, kind != "thought" or bool(m[5])) for a, (kind, b) in zip(starts, ends) if b > a or kind not in ("marker", "gap")]
+# %% ../nbs/03_thoughts.ipynb #aff5fe45
+@patch
+def _ends(self: _Stretch) -> list[tuple[str, int]]:
+    "(kind, end) of every part it may have."
+    m, size = self.match, lambda name: len(self.g.spell[name])
+    ends = [*zip(_HEADER, _seams(m, self.g)[1:]), ("marker", m.start(3)), ("marker", m.end(3)), ("thought", m.end(4)), ("marker", m.end(5))]
+    for kind, group, opening, closing in (("rating", 7, _R, _r), ("hint", 8, "<hint>", "</hint>")):
+        if m[group] is not None:
+            ends += ("gap", m.start(group) - size(opening)), ("marker", m.start(group)), (kind, m.end(group)), ("marker", m.end(group) + size(closing))
+    return [*ends, ("gap", m.end())]
 
-    def place(self) -> Place:
-        "Where it stands."
-        m, complete = self.match, bool(self.match[5])
-        def at(kind, start, end, complete=True): return Span(kind, self.base + start, self.base + end, complete)
-        return Place(at("node", m.start(), m.start(9), complete), at("id", *m.span(1)), at("id", *m.span(2)), at("thought", *m.span(4), complete), None if m[7] is None else at("rating", *m.span(7)))
+# %% ../nbs/03_thoughts.ipynb #a36b326b
+@patch
+def spans(self: _Stretch) -> list[Span]:
+    "What it is made of."
+    ends, complete = self._ends(), bool(self.match[5])
+    starts = [self.match.start(), *(end for _, end in ends)]
+    return [Span(kind, self.base + start, self.base + end, kind != "thought" or complete)
+        for start, (kind, end) in zip(starts, ends) if end > start or kind not in ("marker", "gap")]
 
-# %% ../nbs/03_thoughts.ipynb #d169fb78
+@patch
+def place(self: _Stretch) -> Place:
+    "Where it stands."
+    m, complete = self.match, bool(self.match[5])
+    def at(kind, start, end, complete=True): return Span(kind, self.base + start, self.base + end, complete)
+    return Place(at("node", m.start(), m.start(9), complete), at("id", *m.span(1)), at("id", *m.span(2)),
+        at("thought", *m.span(4), complete), None if m[7] is None else at("rating", *m.span(7)))
+
+# %% ../nbs/03_thoughts.ipynb #959173ee
+@patch
+def usual(self: _Reader, text: str, m: re.Match):
+    "A stretch that one expression has read, as a row."
+    father, local, tag, piece, end, printed, word, hint, gap = m.groups()
+    if not piece or "<" in piece or self.g is not _TEXT: self.inside(text, *m.span(4), bool(tag))
+    if not end: self.unclosed(*m.span(4))
+    if word not in _QUIET: self.judge(word, True, m.start(7) - len(self.g.spell[_R]), m.end(6))
+    if hint is not None:
+        self.hints[len(self.rows)] = hint
+        self.note("hint_between_nodes", m.start(8) - len(self.g.spell["<hint>"]), m.start(9))
+    self.parts.append(stretch := tuple.__new__(_Stretch, (m, self.base, self.g)))
+    self.places.append(stretch)
+    self.rows.append((father, local, self.g.types.get(tag, ""), piece, printed or "", gap))
+
+# %% ../nbs/03_thoughts.ipynb #07189019
 @patch
 def spans(self: _Reader, first: int = 0) -> list[Span]: # `first`: number of the first part to look at
     "The partition so far."
@@ -386,187 +669,39 @@ def place(self: _Reader, i: int) -> Place:
     "Where one node stands."
     return found.place() if isinstance(found := self.places[i], _Stretch) else found
 
-# %% ../nbs/03_thoughts.ipynb #f12d1a38
-_PAIR, _PAIR_END = re.compile(r"\s*+(?:\(['\"])?"), re.compile(r"(?:\\n|\s)*+['\"],")
-_TAILS = tuple({m[k:] for m in THOUGHT_TOKENS[:11] for k in range(1, len(m) - 1)})
-
-@patch
-def head(self: _Reader, text: str, stop: int):
-    "What stands before the first header."
-    pair = 2 if stop < len(text) and text[max(stop - 2, 0):stop] in ("('", '("') else 0
-    if size := stop - pair: self.put("prefix", 0, size)
-    marks = [m[0] for m in self.g.any.finditer(text, 0, size)]
-    if set(marks) - {"<hint>", "</hint>"} or size and text.startswith(_TAILS): self.note("left_truncated", 0, size)
-    elif marks: self.note("hint_between_nodes", 0, size)
-    if pair:
-        self.put("gap", size, stop)
-        self.note("tuple_root", size, stop)
-    self.wrapped, self.began = bool(pair), True
-
-# %% ../nbs/03_thoughts.ipynb #54fb30f7
-@patch
-def gap(self: _Reader, text: str, start: int, end: int):
-    "A stretch that belongs to no node."
-    if start == end: return
-    self.put("gap", start, end)
-    piece = text[start:end]
-    if piece.isspace(): return
-    if self.wrapped and _PAIR_END.match(piece) and piece.rstrip().endswith(")"):
-        self.wrapped = False
-        return
-    marks = [m.span() for m in self.g.any.finditer(text, start, end)]
-    for span in marks: self.note("stray_marker", *span)
-    if not marks: self.note("stray_text", start, end)
-
-# %% ../nbs/03_thoughts.ipynb #db60115f
+# %% ../nbs/03_thoughts.ipynb #e9f442cd
 @patch
 def segment(self: _Reader, text: str, m: re.Match, stop: int, following: tuple | None = None):
     "One header and what follows, up to `stop`, where the header with the numbers `following` begins."
-    if self.start is None and not self.wrapped and following != m.groups() and (usual := self.g.usual.fullmatch(text, m.start(), stop)): return self.usual(text, usual)
-    size, ((a, b), (c, d)) = self.g.spell, (m.span(1), m.span(2))
-    if self.start is None: self.start = self.base + m.start()
-    else: self.note("doubled_header", *m.span())
-    seams = (m.start(), a, b, b + len(size[_f]), c, d, m.end())
-    spans = [tuple.__new__(Span, (kind, self.base + s, self.base + e, True)) for kind, s, e in zip(("marker", "id", "marker", "marker", "id", "marker"), seams, seams[1:])]
-    self.parts += spans
-    opened, at = self.g.open.match(text, m.end(), stop), m.end()
-    if opened:
-        self.gap(text, at, at := opened.end() - len(size[_T]))
-        self.put("marker", at, at := opened.end())
-        if following == m.groups() and _PAIR.fullmatch(text, at, stop): return self.shell(text, at, stop)
-    else: self.note("missing_thought_start", *m.span())
-    self.node(text, m, at, stop, spans[1], spans[4])
+    again = following == m.groups()
+    if self.start is None and not self.wrapped and not again and (usual := self.g.usual.fullmatch(text, m.start(), stop)): return self.usual(text, usual)
+    father, local = self.header(m)
+    at = self.opening(text, m, stop)
+    if again and at > m.end() and _PAIR.fullmatch(text, at, stop): self.shell(text, at, stop)
+    else: self.node(text, m, at, stop, father, local)
 
-# %% ../nbs/03_thoughts.ipynb #d405b4ac
+# %% ../nbs/03_thoughts.ipynb #d3199523
+@patch
+def opening(self: _Reader, text: str, m: re.Match, stop: int) -> int: # where the thought begins
+    "What opens a thought after a header, if it is there."
+    opened = self.g.open.match(text, m.end(), stop)
+    if opened:
+        start = opened.end() - len(self.g.spell[_T])
+        self.gap(text, m.end(), start)
+        self.put("marker", start, opened.end())
+    else: self.note("missing_thought_start", *m.span())
+    return (opened or m).end()
+
 @patch
 def shell(self: _Reader, text: str, start: int, end: int):
-    "The outer one of two headers."
+    "The outer one of two headers, and what stands before the inner one."
     self.shells += 1
     if end > start: self.put("gap", start, end)
     if not text[start:end].strip(): return
     self.wrapped = True
     self.note("tuple_root", start, end)
 
-# %% ../nbs/03_thoughts.ipynb #cc1c255e
-@patch
-def usual(self: _Reader, text: str, m: re.Match):
-    "A stretch that one expression has read, as a row."
-    father, local, tag, piece, end, printed, word, hint, gap = m.groups()
-    if not piece or "<" in piece or self.g is not _TEXT: self.inside(text, *m.span(4), bool(tag))
-    if not end:
-        self.open.add(len(self.rows))
-        self.note("missing_thought_end", *m.span(4))
-    if word not in _QUIET: self.judge(word, True, m.start(7) - len(self.g.spell[_R]), m.end(6))
-    if hint is not None:
-        self.hints[len(self.rows)] = hint
-        self.note("hint_between_nodes", m.start(8) - len(self.g.spell["<hint>"]), m.start(9))
-    self.parts.append(stretch := tuple.__new__(_Stretch, (m, self.base, self.g)))
-    self.places.append(stretch)
-    self.rows.append((father, local, self.g.types.get(tag, ""), piece, printed or "", gap))
-
-# %% ../nbs/03_thoughts.ipynb #f3f068fc
-_QUIET = {None, *RATING_TOKENS.values()} # words of a rating of which nothing is to be said
-
-@patch
-def judge(self: _Reader, word: str, closed: bool, start: int, end: int):
-    "Note what is wrong with the word of a rating."
-    if not closed or _R + word + _r not in _NAMES: self.note("bad_rating", start, end)
-    elif word == "<unknow_rating>": self.note("rating_misspelled", start, end)
-    elif word in RATING_WORDS.values(): self.note("rating_word", start, end)
-
-# %% ../nbs/03_thoughts.ipynb #ac54fc69
-@patch
-def node(self: _Reader, text: str, m: re.Match, at: int, stop: int, father: Span, local: Span):
-    "The thought and what follows it, as a row."
-    if tag := self.g.tag.match(text, at, stop): self.put("marker", at, at := tag.end())
-    end = self.g.end.search(text, at, stop)
-    closed, last = end is not None and end[0] == self.g.spell[_E], end.start() if end else stop
-    self.inside(text, at, last, tag is not None)
-    thought, piece = self.put("thought", at, last, closed), text[at:last]
-    if closed: self.put("marker", last, last := end.end())
-    else:
-        self.open.add(len(self.rows))
-        self.note("missing_thought_end", at, last)
-    rating, rated, last, gap = self.tail(text, last, stop)
-    self.places.append(Place(Span("node", self.start, self.base + last, closed), father, local, thought, rated))
-    self.rows.append((*m.groups(), self.g.types[tag[0]] if tag else "", piece, rating, gap))
-    self.start, self.shells, self.wrapped = None, 0, False
-
-# %% ../nbs/03_thoughts.ipynb #df7f229d
-@patch
-def inside(self: _Reader, text: str, start: int, end: int, tagged: bool):
-    "Note the markers in a thought; they stay text."
-    if start == end: self.note("empty_thought", start, end)
-    if not tagged and (word := self.g.word.match(text, start, end)) and _nearly_a_type(word[0][1:-1]): self.note("unknown_type_tag", *word.span())
-    edge = start if tagged else -1 # where a tag is still one of those that the thought begins with
-    for m in self.g.any.finditer(text, start, end):
-        if m[0] not in self.g.types: code = "stray_marker"
-        elif m.start() != edge: code = "type_in_text"
-        else: code, edge = "type_repeated", m.end()
-        self.note(code, *m.span())
-
-# %% ../nbs/03_thoughts.ipynb #ae33024a
-def _nearly_a_type(word: str) -> bool:
-    "Whether two letters put in, left out or changed make a type of a word."
-    return any(_distance(word, kind) <= 2 for kind in THOUGHT_TYPES)
-
-def _distance(a: str, b: str) -> int:
-    "Letters to put in, to leave out or to change (Levenshtein)."
-    row = range(len(b) + 1)
-    for i, x in enumerate(a, 1):
-        new = [i]
-        for j, y in enumerate(b, 1): new.append(min(row[j] + 1, new[-1] + 1, row[j - 1] + (x != y)))
-        row = new
-    return row[-1]
-
-# %% ../nbs/03_thoughts.ipynb #90372810
-@patch
-def tail(self: _Reader, text: str, at: int, stop: int) -> tuple[str, Span | None, int, str | None]:
-    "What follows a thought: (rating as printed, its span, where the node ends, white space after it or None)."
-    rating, rated = "", None
-    for m in self.g.after.finditer(text, at, stop):
-        start, what = m.start(), m[0]
-        if start < at or what == self.g.spell[_E] and not self.shells or what == self.g.spell[_R] and rated: continue
-        self.gap(text, at, start)
-        if what == self.g.spell[_E]:
-            self.put("marker", start, at := m.end())
-            self.shells -= 1
-        elif what == self.g.spell[_R]:
-            lead = text[at:start] if text[at:start].isspace() else ""
-            rating, rated, at = self.rating(text, m, stop)
-            rating = lead + rating
-        else: at = self.hint(text, m, stop)
-    self.gap(text, at, stop)
-    blank = text[at:stop]
-    return rating, rated, at, blank if not blank or blank.isspace() else None
-
-# %% ../nbs/03_thoughts.ipynb #1915b4ac
-@patch
-def rating(self: _Reader, text: str, m: re.Match, stop: int) -> tuple[str, Span, int]:
-    "A rating: (as printed, span, where it ends)."
-    end = self.g.rated.search(text, m.end(), stop)
-    closed, last = end is not None and end[0] == self.g.spell[_r], end.start() if end else stop
-    self.put("marker", *m.span())
-    span, word = self.put("rating", m.end(), last, closed), text[m.end():last]
-    if closed: self.put("marker", last, last := end.end())
-    self.judge(word, closed, m.start(), last)
-    return text[m.start():last], span, last
-
-# %% ../nbs/03_thoughts.ipynb #d1de6419
-@patch
-def hint(self: _Reader, text: str, m: re.Match, stop: int) -> int:
-    "A hint; returns where it ends."
-    end = self.g.hinted.search(text, m.end(), stop)
-    closed, last = end is not None and end[0] == self.g.spell["</hint>"], end.start() if end else stop
-    self.put("marker", *m.span())
-    self.put("hint", m.end(), last, closed)
-    if closed:
-        self.hints.setdefault(len(self.rows), text[m.end():last])
-        self.put("marker", last, last := end.end())
-    self.note("hint_between_nodes", m.start(), last)
-    return last
-
-# %% ../nbs/03_thoughts.ipynb #29fff748
+# %% ../nbs/03_thoughts.ipynb #5599f15d
 @patch
 def advance(self: _Reader, text: str, base: int, final: bool) -> int:
     "Read a text that begins at offset `base`, as far as it is decided; returns the index up to which it was."
@@ -577,18 +712,14 @@ def advance(self: _Reader, text: str, base: int, final: bool) -> int:
     if headers: self.segment(text, headers[-1], len(text))
     return len(text)
 
-# %% ../nbs/03_thoughts.ipynb #6a7b6b30
+# %% ../nbs/03_thoughts.ipynb #780b6db4
 def _link(rows: Sequence[tuple], place: Callable[[int], Place], note: Callable) -> list[int]:
     "Positions of the parents, -1 for none; notes what is wrong with the numbers."
     ids, latest, first, up = [tuple(map(_integer, row[:2])) for row in rows], {}, {}, []
     for i, (_, local) in enumerate(ids): first.setdefault(local, i)
     for i, (father, local) in enumerate(ids):
-        parent, codes = latest.get(father, -1), ["bad_id"] * ((father is None) + (local is None))
-        if father is None or father == -1: parent = -1
-        elif parent >= 0: pass
-        elif father == local: codes.append("self_father")
-        elif father in first: parent, codes = first[father], [*codes, "forward_father"]
-        else: codes.append("orphan_father")
+        parent, code = _father(father, local, latest, first)
+        codes = ["bad_id"] * ((father is None) + (local is None)) + [code] * bool(code)
         if local is not None and local in latest: codes.append("duplicate_id")
         if codes: at = place(i)
         for code in codes: note((code, at.node.start, at.local.end))
@@ -596,7 +727,15 @@ def _link(rows: Sequence[tuple], place: Callable[[int], Place], note: Callable) 
         up.append(parent)
     return _unring(up, place, note) if any(p > i for i, p in enumerate(up)) else up
 
-# %% ../nbs/03_thoughts.ipynb #97db7b69
+# %% ../nbs/03_thoughts.ipynb #4c57beea
+def _father(father: int | None, local: int | None, latest: dict, first: dict) -> tuple[int, str]:
+    "(position of the parent or -1, what is wrong with its number or \"\"), from the last and the first holder of each number."
+    if father is None or father == -1: return -1, ""
+    if father in latest: return latest[father], ""
+    if father == local: return -1, "self_father"
+    return (first[father], "forward_father") if father in first else (-1, "orphan_father")
+
+# %% ../nbs/03_thoughts.ipynb #b4fb0141
 def _unring(up: list[int], place: Callable[[int], Place], note: Callable) -> list[int]:
     "Cut every ring at its first node."
     seen = [-1] * len(up) # the walk on which a node was met
@@ -610,20 +749,33 @@ def _unring(up: list[int], place: Callable[[int], Place], note: Callable) -> lis
         note(("self_father", place(cut).node.start, place(cut).local.end))
     return up
 
-# %% ../nbs/03_thoughts.ipynb #558339f0
+# %% ../nbs/03_thoughts.ipynb #2959f189
+def _roots_and_ratings(rows: Sequence[tuple], place: Callable[[int], Place]) -> Iterator[tuple[str, int, int]]:
+    "What is wrong with either: (code, start, end)."
+    rated = [(_integer(row[0]) == -1, bool(row[4])) for row in rows] # (is a root, has a rating)
+    roots = [i for i, (root, _) in enumerate(rated) if root]
+    if not roots: yield "missing_root", 0, 0
+    for i in roots[1:]: yield "multiple_roots", place(i).node.start, place(i).local.end
+    for i, (root, has) in enumerate(rated):
+        if root and has: yield "root_rated", *place(i).rating[1:3]
+        elif not root and not has: yield "missing_rating", *place(i).node[1:3]
+
+# %% ../nbs/03_thoughts.ipynb #ad6f9eb4
+def _cut_marker(text: str) -> int | None: # where the marker begins
+    "Whether a text ends in the middle of a marker."
+    at = text.rfind("<", max(len(text) - max(map(len, _MARKERS)), 0))
+    piece = text[at:]
+    if at >= 0 and len(piece) > 1 and any(m.startswith(piece) and m != piece for m in _MARKERS): return at
+
+# %% ../nbs/03_thoughts.ipynb #a7fc968c
 def _finish(text: str, rows: Sequence[tuple], place: Callable[[int], Place], found: list) -> tuple[list[int], list[Issue]]:
     "(positions of the parents, issues) of the whole text; `found` are the defects that are known."
-    up, at = _link(rows, place, found.append), text.rfind("<", max(len(text) - 20, 0))
-    roots = [i for i, row in enumerate(rows) if _integer(row[0]) == -1]
-    if not roots: found.append(("missing_root", 0, 0))
-    found += [("multiple_roots", place(i).node.start, place(i).local.end) for i in roots[1:]]
-    rated, roots = [bool(row[4]) for row in rows], set(roots)
-    found += [("root_rated", *place(i).rating[1:3]) for i in roots if rated[i]]
-    found += [("missing_rating", *place(i).node[1:3]) for i, r in enumerate(rated) if not r and i not in roots]
-    if at >= 0 and len(text) - at > 1 and any(m.startswith(text[at:]) and m != text[at:] for m in _MARKERS): found.append(("partial_marker", at, len(text)))
+    up = _link(rows, place, found.append)
+    found += _roots_and_ratings(rows, place)
+    if (at := _cut_marker(text)) is not None: found.append(("partial_marker", at, len(text)))
     return up, [Issue.of(*f) for f in sorted(found, key=lambda f: f[1:])]
 
-# %% ../nbs/03_thoughts.ipynb #ab1e7d79
+# %% ../nbs/03_thoughts.ipynb #08357c4c
 def _tree_of(text: str, reader: _Reader) -> ThoughtTree:
     "The finished reader and its text as a tree."
     tree = ThoughtTree()
@@ -632,28 +784,61 @@ def _tree_of(text: str, reader: _Reader) -> ThoughtTree:
     tree._hints, tree._open = reader.hints, reader.open
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #520f8a1f
+# %% ../nbs/03_thoughts.ipynb #1d5e2df0
+def _carefully(text: str) -> ThoughtTree:
+    "A tree by the reader of this chapter, part by part where it must be."
+    (reader := _Reader(_TEXT)).advance(text, 0, True)
+    return _tree_of(text, reader)
+
+# %% ../nbs/03_thoughts.ipynb #38c08e9b
+@patch(as_prop=True)
+def trace(self: ThoughtTree) -> Trace | None: # dialect "thoughts"; None for a tree that was not read
+    "The text that was read, as a trace: a partition into spans."
+    if self.text is None: return None
+    if self._spans is None: self._spans = tuple(self._read.spans())
+    return Trace._trusted(self.text, self._spans, tuple(self.issues), "thoughts", None)
+
+# %% ../nbs/03_thoughts.ipynb #e79188fd
+@patch(as_prop=True)
+def place(self: ThoughtNode) -> Place | None: # None for a node that was not read
+    "Where the node and its parts stand in the text that was read."
+    read, i = self.tree._read, self.index
+    return None if read is None or i >= len(read) else read.place(i)
+
+@patch(as_prop=True)
+def span(self: ThoughtNode) -> Span | None: # of kind "node"; None for a node that was not read
+    "From the header to the end of the rating or hint."
+    return self.place and self.place.node
+
+# %% ../nbs/03_thoughts.ipynb #993b65df
 _NODE = re.compile(f"{_F}(-1|0|[1-9][0-9]{{0,17}}+){_f}{_L}(0|[1-9][0-9]{{0,17}}+){_l}{_T}({'|'.join(_TAGS)}|(?!{_WORD}))"
     rf"([^<]*+(?:<(?:(?![/a-z])|(?!{'|'.join(m[1:] for m in _MARKERS)}))[^<]*+)*+){_E}"
     rf"(?:{_R}<([pnu])(?:(?<=p)ositive|(?<=n)egative|(?<=u)nknown)_rating>{_r})?+")
 _RATED = {n[0]: _R + token + _r for n, token in RATING_TOKENS.items()} # first letter -> rating as printed
 _FRAME = sum(map(len, THOUGHT_TOKENS[:6])) # characters of a node that are the same for all
 
+# %% ../nbs/03_thoughts.ipynb #88f6fef0
 class _Regular:
     "Rows of a regular text, in columns; a sequence of the same tuples."
-    def __init__(self, text: str, first: int): self.text, self.first, self.columns, self._starts = text, first, ([], [], [], [], [], []), None
+    def __init__(self, text: str, first: int):
+        self.text, self.first, self._starts = text, first, None
+        self.columns = [], [], [], [], [], [] # father, local, tag, length of the thought, first letter of the rating, gap
+
     def __len__(self) -> int: return len(self.columns[0])
     def __iter__(self) -> Iterator[tuple]: return map(self.__getitem__, range(len(self)))
+    def __getitem__(self, i: int) -> tuple: return tuple(self.cell(i, part) for part in range(6))
 
-# %% ../nbs/03_thoughts.ipynb #195854bb
+# %% ../nbs/03_thoughts.ipynb #23f9f37d
 @patch(as_prop=True)
 def starts(self: _Regular) -> list[int]: # offsets of the headers
     "Where each node starts, added up once."
     if self._starts is None:
-        sizes = (_FRAME + len(a) + len(b) + len(t) + x + (len(_RATED[r]) if r else 0) + len(g) for a, b, t, x, r, g in zip(*self.columns))
+        sizes = (_FRAME + len(father) + len(local) + len(tag) + size + (len(_RATED[rating]) if rating else 0) + len(gap)
+            for father, local, tag, size, rating, gap in zip(*self.columns))
         self._starts = [*accumulate(sizes, initial=self.first)]
     return self._starts
 
+# %% ../nbs/03_thoughts.ipynb #05e32b79
 @patch
 def cell(self: _Regular, i: int, part: int) -> str:
     "One part of one row."
@@ -664,10 +849,7 @@ def cell(self: _Regular, i: int, part: int) -> str:
     at = (self._starts or self.starts)[i] + _FRAME - len(_E) + len(fathers[i]) + len(ids[i]) + len(tags[i])
     return self.text[at:at + found]
 
-@patch
-def __getitem__(self: _Regular, i: int) -> tuple: return tuple(self.cell(i, part) for part in range(6))
-
-# %% ../nbs/03_thoughts.ipynb #30ae502f
+# %% ../nbs/03_thoughts.ipynb #6ec418e7
 def _regular(text: str, first: int, size: int = 1 << 15) -> _Regular | None:
     "The rows of a text whose first header stands at `first`; None if the layout is out of the ordinary."
     rows, at = _Regular(text, first), first
@@ -678,27 +860,33 @@ def _regular(text: str, first: int, size: int = 1 << 15) -> _Regular | None:
         for column, new in zip(rows.columns, (parts[1::6], parts[2::6], parts[3::6], map(len, parts[4::6]), parts[5::6], parts[6::6])): column += new
     return rows
 
-# %% ../nbs/03_thoughts.ipynb #9c40708d
+# %% ../nbs/03_thoughts.ipynb #2b2e9de4
 @patch
-def spans(self: _Regular, i: int) -> list[Span]:
+def node_spans(self: _Regular, i: int) -> list[Span]:
     "The spans of one node."
-    father, local, tag, size, rating, gap = (c[i] for c in self.columns)
-    parts = [("marker", len(_F)), ("id", len(father)), ("marker", len(_f)), ("marker", len(_L)), ("id", len(local)), ("marker", len(_l)), ("marker", len(_T))]
-    if tag: parts.append(("marker", len(tag)))
-    parts += ("thought", size), ("marker", len(_E))
-    if rating: parts += ("marker", len(_R)), ("rating", len(_RATED[rating]) - len(_R) - len(_r)), ("marker", len(_r))
-    if gap: parts.append(("gap", len(gap)))
-    ends = [*accumulate((n for _, n in parts), initial=self.starts[i])]
-    return [*map(Span, (kind for kind, _ in parts), ends, ends[1:])]
+    father, local, tag, size, rating, gap = (column[i] for column in self.columns)
+    lengths = [len(_F), len(father), len(_f), len(_L), len(local), len(_l), len(_T), len(tag), size, len(_E)]
+    kinds = [*_HEADER, "marker", "marker", "thought", "marker"]
+    if rating: kinds, lengths = [*kinds, "marker", "rating", "marker"], [*lengths, len(_R), len(_RATED[rating]) - len(_R) - len(_r), len(_r)]
+    ends = [*accumulate([*lengths, len(gap)], initial=self.starts[i])]
+    return [Span(kind, start, end) for kind, start, end in zip([*kinds, "gap"], ends, ends[1:]) if end > start or kind == "thought"]
+
+# %% ../nbs/03_thoughts.ipynb #11c2ea75
+@patch
+def spans(self: _Regular) -> list[Span]:
+    "The partition of the text."
+    first = [Span("prefix", 0, self.first)] if self.first else []
+    return [*first, *(span for i in range(len(self)) for span in self.node_spans(i))]
 
 @patch
 def place(self: _Regular, i: int) -> Place:
     "Where one node stands."
-    spans = self.spans(i)
-    said = 8 if self.columns[2][i] else 7
-    return Place(Span("node", self.starts[i], self.starts[i + 1] - len(self.columns[5][i])), spans[1], spans[4], spans[said], spans[said + 3] if self.columns[4][i] else None)
+    spans = self.node_spans(i)
+    at = next(k for k, span in enumerate(spans) if span.kind == "thought")
+    node = Span("node", self.starts[i], self.starts[i + 1] - len(self.columns[5][i]))
+    return Place(node, spans[1], spans[4], spans[at], spans[at + 3] if self.columns[4][i] else None)
 
-# %% ../nbs/03_thoughts.ipynb #888a7fee
+# %% ../nbs/03_thoughts.ipynb #86d21701
 def _regular_links(rows: _Regular) -> list[int] | None:
     "Positions of the parents; None if anything is out of the ordinary."
     fathers, ids, _, sizes, ratings, _ = rows.columns
@@ -709,7 +897,7 @@ def _regular_links(rows: _Regular) -> list[int] | None:
     up[0] = -1
     return up
 
-# %% ../nbs/03_thoughts.ipynb #c04bddc0
+# %% ../nbs/03_thoughts.ipynb #c62480b1
 def _tree_of_regular(text: str, rows: _Regular) -> ThoughtTree:
     "The rows of a regular text as a tree."
     tree, up = ThoughtTree(), _regular_links(rows)
@@ -719,12 +907,13 @@ def _tree_of_regular(text: str, rows: _Regular) -> ThoughtTree:
     tree.text, tree._rows, tree._read, tree._up = text, rows, rows, up
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #04b2f1cf
+# %% ../nbs/03_thoughts.ipynb #24b89919
 def _plain_start(text: str, first: int) -> bool:
     "Whether nothing is to be said about what stands before the first header."
     if first > 0: (reader := _Reader(_TEXT)).head(text, first)
     return first == 0 or first > 0 and not reader.found
 
+# %% ../nbs/03_thoughts.ipynb #c0f61e8e
 def parse_thoughts(
     text: str, # a tree as it was printed, or anything else
 ) -> ThoughtTree: # TypeError if it is not a str; nothing else can go wrong
@@ -732,40 +921,15 @@ def parse_thoughts(
     if not isinstance(text, str): raise TypeError(f"a tree is read from a str, got {text.__class__.__name__}")
     first = text.find(_F)
     if _plain_start(text, first) and (rows := _regular(text, first)): return _tree_of_regular(text, rows)
-    (reader := _Reader(_TEXT)).advance(text, 0, True)
-    return _tree_of(text, reader)
+    return _carefully(text)
 
-# %% ../nbs/03_thoughts.ipynb #17f5b645
-@patch(as_prop=True)
-def trace(self: ThoughtTree) -> Trace | None: # dialect "thoughts"; None for a tree that was not read
-    "The text that was read, as a trace: a partition into spans."
-    read = self._read
-    if self.text is None: return None
-    if self._spans is None and isinstance(read, _Regular):
-        first = [Span("prefix", 0, read.first)] if read.first else []
-        self._spans = (*first, *(span for i in range(len(read)) for span in read.spans(i)))
-    elif self._spans is None: self._spans = tuple(read.spans())
-    return Trace._trusted(self.text, self._spans, tuple(self.issues), "thoughts", None)
-
-# %% ../nbs/03_thoughts.ipynb #eff1b327
-@patch(as_prop=True)
-def place(self: ThoughtNode) -> Place | None: # None for a node that was not read
-    "Where the node and its parts stand in the text that was read."
-    read, i = self.tree._read, self.index
-    if isinstance(read, _Regular): return read.place(i) if i < len(read) else None
-    return read.place(i) if read and i < len(read.places) else None
-
-@patch(as_prop=True)
-def span(self: ThoughtNode) -> Span | None: # of kind "node"; None for a node that was not read
-    "From the header to the end of the rating or hint."
-    return self.place and self.place.node
-
-# %% ../nbs/03_thoughts.ipynb #23419ed7
+# %% ../nbs/03_thoughts.ipynb #dfe262d5
 class ThoughtStream:
     "A reader that is fed in chunks."
     def __init__(self):
-        self._reader, self._chunks, self._rest, self._base, self._size = _Reader(_TEXT), [], [], 0, 0 # rest: chunks from offset base on
-        self._tail, self._past, self._closed = "", 0, False # tail: the last characters, in which a header may have begun; past: end of the last header
+        self._reader, self._closed = _Reader(_TEXT), False
+        self._chunks, self._rest, self._base, self._size = [], [], 0, 0 # rest: chunks from offset base on
+        self._tail, self._past = "", 0 # tail: the last characters, in which a header may have begun; past: end of the last header
 
     @property
     def text(self) -> str: # joined on request
@@ -777,8 +941,25 @@ class ThoughtStream:
         "The undecided rest."
         return Span("node" if self._reader.began else "prefix", self._base, self._size, False) if self._size > self._base else None
 
-# %% ../nbs/03_thoughts.ipynb #d107a97b
+# %% ../nbs/03_thoughts.ipynb #4e46402b
 _LONGEST = sum(map(len, THOUGHT_TOKENS[:4])) + 2 * 64 # of a header
+
+@patch
+def _take(self: ThoughtStream, chunk: str) -> bool: # whether a header ended in it
+    window, origin = self._tail + chunk, self._size - len(self._tail)
+    self._chunks.append(chunk)
+    self._rest.append(chunk)
+    self._size, self._tail = self._size + len(chunk), window[-_LONGEST:]
+    headers = [m.end() for m in _TEXT.header.finditer(window, max(self._past - origin, 0))]
+    if headers: self._past = origin + headers[-1]
+    return bool(headers)
+
+# %% ../nbs/03_thoughts.ipynb #1a0bb5ec
+@patch
+def _read(self: ThoughtStream, final: bool):
+    text = "".join(self._rest)
+    at = self._reader.advance(text, self._base, final)
+    self._rest, self._base = [text[at:]], self._base + at
 
 @patch
 def feed(self: ThoughtStream,
@@ -786,23 +967,11 @@ def feed(self: ThoughtStream,
 ) -> list[Span]: # spans decided by it, final and in order
     "Take a piece of text."
     if self._closed: raise ValueError("the stream is closed; make a new ThoughtStream")
-    window, origin, done = self._tail + chunk, self._size - len(self._tail), len(self._reader.parts)
-    self._chunks.append(chunk)
-    self._rest.append(chunk)
-    self._size, self._tail = self._size + len(chunk), window[-_LONGEST:]
-    headers = [m.end() for m in _TEXT.header.finditer(window, max(self._past - origin, 0))]
-    if headers:
-        self._past = origin + headers[-1]
-        self._read(False)
+    done = len(self._reader.parts)
+    if self._take(chunk): self._read(False)
     return self._reader.spans(done)
 
-@patch
-def _read(self: ThoughtStream, final: bool):
-    text = "".join(self._rest)
-    at = self._reader.advance(text, self._base, final)
-    self._rest, self._base = [text[at:]], self._base + at
-
-# %% ../nbs/03_thoughts.ipynb #1d08f518
+# %% ../nbs/03_thoughts.ipynb #a3d2105b
 @patch
 def close(self: ThoughtStream) -> ThoughtTree: # equal to `parse_thoughts` of the whole text
     "The end of the text."
@@ -811,10 +980,11 @@ def close(self: ThoughtStream) -> ThoughtTree: # equal to `parse_thoughts` of th
     self._read(True)
     return _tree_of(self.text, self._reader)
 
-# %% ../nbs/03_thoughts.ipynb #c230d76b
+# %% ../nbs/03_thoughts.ipynb #79450d21
 _LETTER = {m: chr(0xE000 + i) for i, m in enumerate(_MARKERS)} # a private character for each marker
 _BY_ID = _Grammar(_LETTER.get, "[^\ue000-\ue0ff]")
 
+# %% ../nbs/03_thoughts.ipynb #ae52f197
 class TokenThought(NamedTuple):
     "A node in a sequence of tokens."
     place: Place # where it and its parts stand, in tokens
@@ -823,7 +993,7 @@ class TokenThought(NamedTuple):
     local_id: int | None # None: no integer, or no `decode`
     parent_id: int | None # the same
 
-# %% ../nbs/03_thoughts.ipynb #22a004d1
+# %% ../nbs/03_thoughts.ipynb #95adec9e
 def _marker_letters(token_ids: Mapping[str, int]) -> dict[int, str]:
     "Token id -> letter; ValueError for names that are unknown, missing or not distinct."
     given = {f"<{name.strip('<>')}>": int(i) for name, i in token_ids.items() if i is not None}
@@ -833,7 +1003,19 @@ def _marker_letters(token_ids: Mapping[str, int]) -> dict[int, str]:
     if len(set(given.values())) < len(given): raise ValueError("token_ids gives one id to two markers")
     return {i: _LETTER[m] for m, i in given.items()}
 
-# %% ../nbs/03_thoughts.ipynb #70a7156f
+# %% ../nbs/03_thoughts.ipynb #d0c11522
+def _spelled(ids: np.ndarray, letters: dict[int, str]) -> str:
+    "Token ids as a text of one character each."
+    spelled = np.full(len(ids), ord("x"), "<u4")
+    for at in np.flatnonzero(ids >= min(letters)): spelled[at] = ord(letters.get(int(ids[at]), "x"))
+    return spelled.tobytes().decode("utf-32-le")
+
+_RATING_LETTERS = {_LETTER[m]: n for n, m in RATING_TOKENS.items()} | {_LETTER["<unknow_rating>"]: "unknown"}
+
+def _letter_rating(printed: str) -> str | None: # a rating as it stands in such a text
+    return _RATING_LETTERS.get(printed.strip()[1:-1]) if printed.endswith(_LETTER[_r]) else None
+
+# %% ../nbs/03_thoughts.ipynb #9d6ecdbd
 def parse_thought_ids(
     ids: Sequence[int], # token ids of the whole text: list, numpy array or 1-D tensor
     token_ids: Mapping[str, int], # marker -> id, for all of `THOUGHT_TOKENS`; others such as `<expansion>` or `<hint>` if they are one token
@@ -842,15 +1024,12 @@ def parse_thought_ids(
     "Thoughts in token ids, by the same grammar."
     letters, ids = _marker_letters(token_ids), np.asarray(ids)
     if ids.ndim != 1: raise ValueError(f"ids must be one sequence, got {ids.ndim} dimensions")
-    spelled = np.full(len(ids), ord("x"), "<u4")
-    for at in np.flatnonzero(ids >= min(letters)): spelled[at] = ord(letters.get(int(ids[at]), "x"))
-    (reader := _Reader(_BY_ID)).advance(spelled.tobytes().decode("utf-32-le"), 0, True)
+    (reader := _Reader(_BY_ID)).advance(_spelled(ids, letters), 0, True)
     number = lambda s: _integer(decode(ids[s.start:s.end].tolist()).strip()) if decode else None
-    names = {_LETTER[m]: n for n, m in RATING_TOKENS.items()} | {_LETTER["<unknow_rating>"]: "unknown"}
-    rated = lambda row: names.get(row[4].strip()[1:-1]) if row[4].endswith(_LETTER[_r]) else None
-    return [TokenThought(p, _TAGS.get(row[2], "expansion"), rated(row), number(p.local), number(p.father)) for p, row in zip(map(reader.place, range(len(reader.rows))), reader.rows)]
+    return [TokenThought(p, _TAGS.get(row[2], "expansion"), _letter_rating(row[4]), number(p.local), number(p.father))
+        for p, row in zip(map(reader.place, range(len(reader))), reader.rows)]
 
-# %% ../nbs/03_thoughts.ipynb #02cd389b
+# %% ../nbs/03_thoughts.ipynb #ed280342
 @patch
 def _printed(self: ThoughtNode, tokens: Mapping[str, str] | bool | None) -> str:
     "The rating of a node as it is written."
@@ -859,7 +1038,23 @@ def _printed(self: ThoughtNode, tokens: Mapping[str, str] | bool | None) -> str:
     if tokens in (None, True) and stood or self.rating is None: return stood
     return _R + (RATING_TOKENS if tokens in (None, True) else tokens)[self.rating] + _r
 
-# %% ../nbs/03_thoughts.ipynb #83cd0208
+# %% ../nbs/03_thoughts.ipynb #bd965870
+@patch(as_prop=True)
+def _sep(self: ThoughtTree) -> str: return len(self) > 1 and self._cell(0, 5) or " "
+
+@patch(as_prop=True)
+def _gaps(self: ThoughtTree) -> list[str]:
+    "What is written after each node."
+    gaps, sep = [self._cell(i, 5) for i in range(len(self))], self._sep
+    return [gap if gap is not None else sep if i < len(gaps) - 1 else "" for i, gap in enumerate(gaps)]
+
+@patch
+def _whole(self: ThoughtNode, tokens: Mapping[str, str] | bool | None) -> str:
+    "A node as it is written."
+    father, local, tag, text, *_ = self.tree._rows[self.index]
+    return "".join((_F, father, _f, _L, local, _l, _T, tag, text, _E, self._printed(tokens)))
+
+# %% ../nbs/03_thoughts.ipynb #1fe77c67
 @patch
 def to_text(self: ThoughtTree,
     rating_tokens: Mapping[str, str] | bool | None = None, # None: as they stood; `RATING_TOKENS` or `RATING_WORDS`: all in that spelling; False: none
@@ -868,17 +1063,11 @@ def to_text(self: ThoughtTree,
 ) -> str: # ValueError for a separator that is not white space
     "The tree in the layout of the training data; `parse_thoughts` gives it back."
     if sep is not None and sep.strip(" \n"): raise ValueError(f"sep must be spaces and newlines, got {sep!r}")
-    out, default = [], self._sep if sep is None else sep
-    for node in self.nodes if nodes is None else nodes:
-        father, local, tag, text, _, gap = self._rows[node.index]
-        out += (_F, father, _f, _L, local, _l, _T, tag, text, _E, node._printed(rating_tokens), gap if nodes is None and sep is None and gap is not None else default)
-    if out and (nodes is not None or sep is not None or self._rows[len(self) - 1][5] is None): out.pop()
-    return "".join(out)
+    written = (node._whole(rating_tokens) for node in (self.nodes if nodes is None else nodes))
+    if nodes is None and sep is None: return "".join(part for pair in zip(written, self._gaps) for part in pair)
+    return (self._sep if sep is None else sep).join(written)
 
-@patch(as_prop=True)
-def _sep(self: ThoughtTree) -> str: return len(self) > 1 and self._cell(0, 5) or " "
-
-# %% ../nbs/03_thoughts.ipynb #fc59a0cd
+# %% ../nbs/03_thoughts.ipynb #1ddc9721
 _BREAKS = re.compile("|".join(map(re.escape, (_E, _R))) + f"|{_TEXT.header.pattern}")
 
 def _check_text(text: str, tag: str) -> None:
@@ -888,25 +1077,59 @@ def _check_text(text: str, tag: str) -> None:
     if not tag and (found := _TEXT.tag.match(text)): raise ValueError(f"the thought begins with {found[0]!r}; say so with type={_TAGS[found[0]]!r}")
     if _TEXT.header.match(text.lstrip()): raise ValueError("the thought begins with a header")
 
-# %% ../nbs/03_thoughts.ipynb #b9ec40e5
+# %% ../nbs/03_thoughts.ipynb #8f0f8eea
 @patch
-def _append(self: ThoughtTree, up: int, father: int | str, local: int | str, text: str, tag: str, rating: str) -> ThoughtNode:
+def _open_end(self: ThoughtTree):
+    "Make room for a row more."
     if not isinstance(self._rows, list): self._rows = [*self._rows]
     if self._rows and not self._rows[-1][5]: self._rows[-1] = (*self._rows[-1][:5], self._sep)
-    i = len(self._up)
+
+@patch
+def _append(self: ThoughtTree, up: int, father: int | str, local: int | str, text: str, tag: str, rating: str) -> ThoughtNode:
+    "A node more; nothing is checked."
+    self._open_end()
     self._rows.append((str(father), str(local), tag, text, rating, ""))
     self._up.append(up)
-    for name, new in (("children", []), ("depths", 0 if up < 0 or "depths" not in self._cache else self._cache["depths"][up] + 1)):
-        if name in self._cache: self._cache[name].append(new)
-    if up >= 0 and "children" in self._cache: self._cache["children"][up].append(i)
-    return self.nodes[i]
+    self._grow(up)
+    return self.nodes[-1]
 
+# %% ../nbs/03_thoughts.ipynb #10a5ae93
+@patch
+def _grow(self: ThoughtTree, up: int):
+    "Carry the lists of children and depths on, where they were made, for a last node below `up`."
+    children, depths = self._cache.get("children"), self._cache.get("depths")
+    if depths is not None: depths.append(depths[up] + 1 if up >= 0 else 0)
+    if children is None: return
+    children.append([])
+    if up >= 0: children[up].append(len(self) - 1)
+
+# %% ../nbs/03_thoughts.ipynb #470588cd
 @patch(as_prop=True)
 def _holders(self: ThoughtTree) -> dict[int, int]: # number -> position of the last node that has it
     if "holders" not in self._cache: self._cache["holders"] = {n.local_id: n.index for n in self.nodes if n.local_id is not None}
     return self._cache["holders"]
 
-# %% ../nbs/03_thoughts.ipynb #a9b5aa1e
+@patch(as_prop=True)
+def next_id(self: ThoughtTree) -> int: # one more than the largest number there is
+    "The number of the next node."
+    if "next" not in self._cache: self._cache["next"] = max(self._holders, default=-1) + 1
+    return self._cache["next"]
+
+# %% ../nbs/03_thoughts.ipynb #e8dc1692
+@patch
+def _father_of_new(self: ThoughtTree, parent: ThoughtNode | int) -> ThoughtNode:
+    "The node below which another is to be added; TypeError or ValueError if that cannot be."
+    parent = self.nodes[parent] if isinstance(parent, int) else parent
+    if not isinstance(parent, ThoughtNode): raise TypeError(f"the parent must be a node or a position, got {parent.__class__.__name__}")
+    if parent.tree is not self: raise ValueError("the parent is a node of another tree")
+    return parent
+
+def _one_of(what: str, given: str, known: Iterable[str]) -> str:
+    "What was given, if it is known."
+    if given not in known: raise ValueError(f"{what} {given!r} is unknown; choose one of {', '.join(known)}")
+    return given
+
+# %% ../nbs/03_thoughts.ipynb #4cd2989d
 @patch
 def add(self: ThoughtTree,
     parent: ThoughtNode | int, # a node of this tree, or its position
@@ -918,26 +1141,17 @@ def add(self: ThoughtTree,
     tag: bool | None = None, # whether the tag is printed; None: all but `<expansion>`, which is not among the published tokens
 ) -> ThoughtNode: # with the next free number
     "A new node below another."
-    parent = self.nodes[parent] if isinstance(parent, int) else parent
-    if not isinstance(parent, ThoughtNode): raise TypeError(f"the parent must be a node or a position, got {parent.__class__.__name__}")
-    if parent.tree is not self: raise ValueError("the parent is a node of another tree")
-    if (type := "expansion" if type is None else type) not in THOUGHT_TYPES: raise ValueError(f"type {type!r} is unknown; choose one of {', '.join(THOUGHT_TYPES)}")
-    if rating is not None and rating not in RATING_TOKENS: raise ValueError(f"rating {rating!r} is unknown; choose one of {', '.join(RATING_TOKENS)}")
+    parent, type = self._father_of_new(parent), _one_of("type", "expansion" if type is None else type, THOUGHT_TYPES)
+    rated = "" if rating is None else _R + RATING_TOKENS[_one_of("rating", rating, RATING_TOKENS)] + _r
     if self._holders.get(parent.local_id) != parent.index: raise ValueError(f"number {parent.local_id} of the parent does not lead back to it; see renumbered()")
     printed = f"<{type}>" if (type != "expansion" if tag is None else tag) else ""
     _check_text(text, printed)
-    node = self._append(parent.index, parent.local_id, self.next_id, text, printed, _R + RATING_TOKENS[rating] + _r if rating else "")
+    node = self._append(parent.index, parent.local_id, self.next_id, text, printed, rated)
     node.value = value
     self._holders[node.local_id], self._cache["next"] = node.index, node.local_id + 1
     return node
 
-@patch(as_prop=True)
-def next_id(self: ThoughtTree) -> int: # one more than the largest number there is
-    "The number of the next node."
-    if "next" not in self._cache: self._cache["next"] = max(self._holders, default=-1) + 1
-    return self._cache["next"]
-
-# %% ../nbs/03_thoughts.ipynb #ae4cc482
+# %% ../nbs/03_thoughts.ipynb #8a3da6ed
 @patch(cls_method=True)
 def build(cls: ThoughtTree,
     problem: str, # text of the root
@@ -949,15 +1163,32 @@ def build(cls: ThoughtTree,
     tree._append(-1, -1, 0, problem, "<problem>", "").value = value
     return tree
 
+# %% ../nbs/03_thoughts.ipynb #b0febcbc
 @patch
 def renumbered(self: ThoughtTree) -> ThoughtTree: # a copy; what was read is left behind
     "The same tree with positions for numbers, so that every number leads to its node."
     new = ThoughtTree()
     new._up, new._rows = [*self._up], [(str(up), str(i), *row[2:]) for i, (up, row) in enumerate(zip(self._up, self._rows))]
-    new._values, new._infos, new._hints, new._open = dict(self._values), {i: dict(d) for i, d in self._infos.items()}, dict(self._hints), set(self._open)
+    new._values, new._hints, new._open = dict(self._values), dict(self._hints), set(self._open)
+    new._infos = {i: dict(info) for i, info in self._infos.items()}
     return new
 
-# %% ../nbs/03_thoughts.ipynb #7203db55
+# %% ../nbs/03_thoughts.ipynb #f5b3537e
+def _depth_first(todo: list[int], children: list[list[int]], post: bool) -> list[int]:
+    "Positions in pre-order; in post-order, which is the reverse of pre-order with siblings reversed."
+    out, todo = [], todo if post else todo[::-1]
+    while todo:
+        out.append(i := todo.pop())
+        todo += children[i] if post else reversed(children[i])
+    return out[::-1] if post else out
+
+def _levels(todo: list[int], children: list[list[int]]) -> Iterator[int]:
+    "Positions by depth."
+    while todo:
+        yield from todo
+        todo = [c for i in todo for c in children[i]]
+
+# %% ../nbs/03_thoughts.ipynb #d35655d7
 @patch
 def walk(self: ThoughtTree,
     order: str = "pre", # "pre": parents first, depth first; "post": children first; "level": by depth; "text": as they stand
@@ -965,21 +1196,13 @@ def walk(self: ThoughtTree,
 ) -> Iterator[ThoughtNode]: # each node once
     "Nodes in some order; siblings always in that of the text."
     if order not in ("pre", "post", "level", "text"): raise ValueError(f"order={order!r} is unknown; choose pre, post, level or text")
-    todo, children, nodes = [i for i, up in enumerate(self._up) if up < 0] if start is None else [start.index], self._children, self.nodes
+    top, children, nodes = [i for i, up in enumerate(self._up) if up < 0] if start is None else [start.index], self._children, self.nodes
     if order == "text" and start is None: return iter(nodes)
-    if order == "level": return (nodes[i] for i in _levels(todo, children))
-    out, todo = [], todo if order == "post" else todo[::-1] # post-order is the reverse of pre-order with siblings reversed
-    while todo:
-        out.append(i := todo.pop())
-        todo += children[i] if order == "post" else reversed(children[i])
-    return map(nodes.__getitem__, sorted(out) if order == "text" else out[::-1] if order == "post" else out)
+    if order == "level": return (nodes[i] for i in _levels(top, children))
+    found = _depth_first(top, children, order == "post")
+    return map(nodes.__getitem__, sorted(found) if order == "text" else found)
 
-def _levels(todo: list[int], children: list[list[int]]) -> Iterator[int]:
-    while todo:
-        yield from todo
-        todo = [c for i in todo for c in children[i]]
-
-# %% ../nbs/03_thoughts.ipynb #07f049d3
+# %% ../nbs/03_thoughts.ipynb #70e56614
 @patch
 def path(self: ThoughtTree,
     node: ThoughtNode, # a node of this tree
@@ -991,6 +1214,7 @@ def path(self: ThoughtTree,
         i = self._up[i]
     return out[::-1]
 
+# %% ../nbs/03_thoughts.ipynb #396c91c9
 @patch
 def subtree(self: ThoughtTree,
     node: ThoughtNode, # a node of this tree
@@ -998,40 +1222,27 @@ def subtree(self: ThoughtTree,
     "A node and everything below it."
     return [*self.walk("pre", node)]
 
-# %% ../nbs/03_thoughts.ipynb #6559247f
-@patch(as_prop=True)
-def leaves(self: ThoughtTree) -> list[ThoughtNode]: # in the order of the text
-    "Nodes without children."
-    nodes = self.nodes
-    return [nodes[i] for i, c in enumerate(self._children) if not c]
-
-@patch(as_prop=True)
-def depth(self: ThoughtTree) -> int: # 0 for a root alone and for an empty tree
-    "Depth of the deepest node."
-    return max(self._depths, default=0)
-
-@patch(as_prop=True)
-def branching(self: ThoughtTree) -> float | None: # None: no node has children
-    "Children of a node that has any, on average."
-    sizes = [len(c) for c in self._children if c]
-    return sum(sizes) / len(sizes) if sizes else None
-
-# %% ../nbs/03_thoughts.ipynb #ea5ee58c
-@patch
-def best_path(self: ThoughtTree) -> list[ThoughtNode]: # from root to leaf; [] for an empty tree
-    "The path with the greatest mean value; an unknown rating is not counted."
-    total, rated = [0.0] * len(self), [0] * len(self)
-    for node in self.walk("level"):
-        i, up = node.index, self._up[node.index]
+# %% ../nbs/03_thoughts.ipynb #1dda5a28
+def _path_means(tree: ThoughtTree) -> list[float]: # minus infinity where nothing is rated
+    "Mean value of the rated nodes on the path to each node, without the root."
+    total, rated = [0.0] * len(tree), [0] * len(tree)
+    for node in tree.walk("level"):
+        i, up = node.index, tree._up[node.index]
         if up < 0: continue
         value = node.value if node.value is not None else rating_to_value(node.rating)
         total[i], rated[i] = total[up] + (value or 0), rated[up] + (value is not None)
+    return [t / n if n else -math.inf for t, n in zip(total, rated)]
+
+# %% ../nbs/03_thoughts.ipynb #c3349d96
+@patch
+def best_path(self: ThoughtTree) -> list[ThoughtNode]: # from root to leaf; [] for an empty tree
+    "The path with the greatest mean value; an unknown rating is not counted."
+    means = _path_means(self)
     ends = [n for n in self.leaves if n.type != "critic"] or self.leaves
-    mean = lambda i: total[i] / rated[i] if rated[i] else -math.inf
-    best = max(ends, key=lambda n: (mean(n.index), n.depth, -n.index), default=None)
+    best = max(ends, key=lambda n: (means[n.index], n.depth, -n.index), default=None)
     return self.path(best) if best else []
 
-# %% ../nbs/03_thoughts.ipynb #450d0cc8
+# %% ../nbs/03_thoughts.ipynb #7f5a91fd
 @patch
 def to_networkx(self: ThoughtTree): # networkx.DiGraph, edges from parent to child; ImportError if networkx is not there
     "The tree as a graph: positions as nodes, with their fields as attributes."
@@ -1043,23 +1254,73 @@ def to_networkx(self: ThoughtTree): # networkx.DiGraph, edges from parent to chi
     graph.add_edges_from((up, i) for i, up in enumerate(self._up) if up >= 0)
     return graph
 
-# %% ../nbs/03_thoughts.ipynb #b244fd54
+# %% ../nbs/03_thoughts.ipynb #e4a19886
 _number = lambda v: v if v is None or math.isfinite(v) else str(v) # JSON has no infinity
 
 @patch
+def _saved(self: ThoughtNode) -> dict:
+    "A node as plain data; `printed` is its row."
+    row, up = self.tree._rows[self.index], self.tree._up[self.index]
+    return dict(index=self.index, local_id=_said(row[1]), parent_id=_said(row[0]), parent=None if up < 0 else up,
+        type=self.type, text=row[3], rating=self.rating, value=_number(self.value), hint=self.hint, complete=self.complete,
+        info=self.tree._infos.get(self.index, {}), printed=list(row))
+
+# %% ../nbs/03_thoughts.ipynb #5b4ea9a3
+@patch
 def to_dict(self: ThoughtTree) -> dict: # `nodes`, a list of dicts, and `text`, that was read, or None
     "The tree as plain data that JSON can hold."
-    nodes = [dict(index=n.index, local_id=row[1] if n.local_id is None else n.local_id, parent_id=row[0] if n.parent_id is None else n.parent_id,
-        parent=None if up < 0 else up, type=n.type, text=row[3], rating=n.rating, value=_number(n.value), hint=n.hint, complete=n.complete,
-        info=self._infos.get(n.index, {}), printed=list(row)) for n, row, up in zip(self.nodes, self._rows, self._up)]
-    return dict(nodes=nodes, text=self.text)
+    return dict(nodes=[node._saved() for node in self.nodes], text=self.text)
 
 @patch
 def to_json(self: ThoughtTree) -> str: # one line; ValueError for text that UTF-8 cannot carry
     "The tree as a JSON object."
     return check_utf8(json.dumps(self.to_dict(), ensure_ascii=False), "the tree")
 
-# %% ../nbs/03_thoughts.ipynb #874b53f7
+# %% ../nbs/03_thoughts.ipynb #64127f92
+def _position(parent: Any, size: int, i: int) -> int: # -1: no parent
+    "The position of a saved parent; ValueError if it is none."
+    if parent is None: return -1
+    if isinstance(parent, int) and not isinstance(parent, bool) and 0 <= parent < size: return parent
+    raise ValueError(f"node {i}: parent {parent!r} is no position in the tree")
+
+# %% ../nbs/03_thoughts.ipynb #9341cb1c
+def _row_of(d: Any, i: int, father: Any) -> tuple:
+    "The row of a saved node; ValueError if it says something else than its fields."
+    row = _row_by_hand(d, i, d.get("parent_id", father)) if d.get("printed") is None else d["printed"]
+    known = len(row) == 6 and row[2] in ("", *_TAGS) # of a type that there is
+    if not known or row[3] != d["text"]: raise ValueError(f"node {i}: its printed parts are not those of a node")
+    return *map(str, row[:5]), row[5]
+
+def _row_by_hand(d: Any, i: int, father: Any) -> list:
+    "The row of a node from its fields alone."
+    tag = "" if d.get("type", "expansion") == "expansion" else f"<{d['type']}>"
+    rating = d.get("rating")
+    return [father, d.get("local_id", i), tag, d["text"], _R + RATING_TOKENS[rating] + _r if rating in RATING_TOKENS else "", None]
+
+# %% ../nbs/03_thoughts.ipynb #eef857bb
+@patch
+def _restore(self: ThoughtTree, nodes: list):
+    "Take saved nodes for those of the text; ValueError if they are others, or no tree."
+    known = [tuple(row[:5]) for row in self._rows]
+    self._rows, self._up, self._hints, self._open = [], [], {}, set()
+    for i, d in enumerate(nodes): self._restore_node(i, d, nodes)
+    if [row[:5] for row in self._rows[:len(known)]] != known: raise ValueError("the nodes are not those of the text that is saved with them")
+    if len([*self.walk("level")]) != len(self): raise ValueError("some nodes are their own ancestors")
+
+# %% ../nbs/03_thoughts.ipynb #248bba92
+@patch
+def _restore_node(self: ThoughtTree, i: int, d: Any, nodes: list):
+    "Take the saved node `d` for the one at position `i`."
+    if not isinstance(d, Mapping) or not isinstance(d.get("text"), str): raise ValueError(f"node {i} has no text")
+    up = _position(d.get("parent"), len(nodes), i)
+    above = nodes[up] if up >= 0 and isinstance(nodes[up], Mapping) else {}
+    self._rows.append(_row_of(d, i, above.get("local_id", up)))
+    self._up.append(up)
+    for name, to in (("value", self._values), ("info", self._infos), ("hint", self._hints)):
+        if d.get(name) not in (None, {}): to[i] = float(d[name]) if name == "value" else d[name]
+    if not d.get("complete", True): self._open.add(i)
+
+# %% ../nbs/03_thoughts.ipynb #ab0b0ee0
 @patch(cls_method=True)
 def from_dict(cls: ThoughtTree,
     data: Mapping[str, Any], # what `to_dict` gave, or a node of an upstream buffer with its children
@@ -1069,37 +1330,10 @@ def from_dict(cls: ThoughtTree,
     if "state" in data: return _from_upstream(data)
     if not isinstance(data.get("nodes"), list): raise ValueError("no saved tree (it would have 'nodes') and none of upstream's (it would have 'state')")
     tree = cls() if data.get("text") is None else parse_thoughts(data["text"])
-    known, rows = [*tree._rows], []
-    tree._up, tree._hints, tree._open = [], {}, set()
-    for i, d in enumerate(data["nodes"]):
-        if not isinstance(d, Mapping) or not isinstance(d.get("text"), str): raise ValueError(f"node {i} has no text")
-        up = _position(d.get("parent"), len(data["nodes"]), i)
-        above = {} if up < 0 else data["nodes"][up]
-        rows.append(_row_of(d, i, above.get("local_id", up) if isinstance(above, Mapping) else up))
-        tree._up.append(up)
-        for name, to in (("value", tree._values), ("info", tree._infos), ("hint", tree._hints)):
-            if d.get(name) not in (None, {}): to[i] = float(d[name]) if name == "value" else d[name]
-        if not d.get("complete", True): tree._open.add(i)
-    if [r[:5] for r in rows[:len(known)]] != [tuple(r[:5]) for r in known]: raise ValueError("the nodes are not those of the text that is saved with them")
-    tree._rows = rows
-    if len([*tree.walk("level")]) != len(tree): raise ValueError("some nodes are their own ancestors")
+    tree._restore(data["nodes"])
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #1a4abdf4
-def _position(parent: Any, size: int, i: int) -> int:
-    if parent is None: return -1
-    if isinstance(parent, bool) or not isinstance(parent, int) or not 0 <= parent < size: raise ValueError(f"node {i}: parent {parent!r} is no position in the tree")
-    return parent
-
-def _row_of(d: Any, i: int, father: Any) -> tuple:
-    "The row of a saved node; ValueError if it says something else than its fields."
-    row, rating, father = d.get("printed"), d.get("rating"), d.get("parent_id", father)
-    if row is None: # written by hand: only the fields
-        tag = "" if d.get("type", "expansion") == "expansion" else f"<{d['type']}>"
-        row = [father, d.get("local_id", i), tag, d["text"], _R + RATING_TOKENS[rating] + _r if rating in RATING_TOKENS else "", None]
-    if len(row) != 6 or row[2] not in ("", *_TAGS) or row[3] != d["text"]: raise ValueError(f"node {i}: its printed parts are not those of a node")
-    return *map(str, row[:5]), row[5]
-
+# %% ../nbs/03_thoughts.ipynb #dc87640c
 @patch(cls_method=True)
 def from_json(cls: ThoughtTree,
     line: str, # what `to_json` wrote
@@ -1107,9 +1341,10 @@ def from_json(cls: ThoughtTree,
     "The tree that `to_json` wrote."
     return cls.from_dict(json.loads(line))
 
-# %% ../nbs/03_thoughts.ipynb #a2f1d658
-UPSTREAM_KEYS = ("index", "state", "parent", "visits", "value", "policy_probs", "policy_entropy", "policy_varentropy", "policy_cal_ready_texts",
-    "value_cal_ready_texts", "true_value_from_tree", "leaf_type", "rectify_visits", "original_value", "meta", "children") # of a node in a saved buffer
+# %% ../nbs/03_thoughts.ipynb #9b02b8b4
+UPSTREAM_KEYS = ("index", "state", "parent", "visits", "value", "policy_probs", "policy_entropy", "policy_varentropy",
+    "policy_cal_ready_texts", "value_cal_ready_texts", "true_value_from_tree", "leaf_type", "rectify_visits", "original_value",
+    "meta", "children") # of a node in a saved buffer
 
 def _state(state: Any, i: int) -> tuple[str, str, dict]:
     "(tag, text, info) of a state as it was saved."
@@ -1120,26 +1355,35 @@ def _state(state: Any, i: int) -> tuple[str, str, dict]:
     tag = _TEXT.tag.match(state)
     return (tag[0], state[tag.end():], info) if tag else ("", state, info)
 
-# %% ../nbs/03_thoughts.ipynb #b5ba81ab
+# %% ../nbs/03_thoughts.ipynb #38290390
+def _add_saved(tree: ThoughtTree, d: Any, up: int):
+    "A node of a buffer, below position `up`."
+    i = len(tree)
+    if not isinstance(d, Mapping) or "state" not in d: raise ValueError(f"node {i} of the buffer has no state")
+    tag, text, info = _state(d["state"], i)
+    local = d["index"] if isinstance(d.get("index"), int) else i
+    node = tree._append(up, -1 if up < 0 else tree._rows[up][1], local, text, tag or ("<problem>" if up < 0 else ""), "")
+    if isinstance(d.get("value"), (int, float)) and up >= 0: node.value = d["value"]
+    info |= {k: v for k, v in d.items() if k not in ("index", "state", "parent", "value", "children")}
+    if info: node.info.update(info)
+
+# %% ../nbs/03_thoughts.ipynb #4ca25721
 def _from_upstream(data: Mapping[str, Any]) -> ThoughtTree:
     "A tree from nested objects with `UPSTREAM_KEYS`."
     tree, todo = ThoughtTree(), [(data, -1)]
     while todo:
         d, up = todo.pop()
-        i = len(tree)
-        if not isinstance(d, Mapping) or "state" not in d: raise ValueError(f"node {i} of the buffer has no state")
-        tag, text, info = _state(d["state"], i)
-        if not tag and up < 0: tag = "<problem>"
-        local = d["index"] if isinstance(d.get("index"), int) else i
-        node = tree._append(up, -1 if up < 0 else tree._rows[up][1], local, text, tag, "")
-        if isinstance(d.get("value"), (int, float)) and up >= 0: node.value = d["value"]
-        info |= {k: v for k, v in d.items() if k not in ("index", "state", "parent", "value", "children")}
-        if info: node.info.update(info)
+        _add_saved(tree, d, up)
         below = d.get("children") or []
-        todo += [(c, i) for c in reversed([*(below.values() if isinstance(below, Mapping) else below)])]
+        below = [*(below.values() if isinstance(below, Mapping) else below)]
+        todo += [(c, len(tree) - 1) for c in reversed(below)]
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #738670e3
+# %% ../nbs/03_thoughts.ipynb #2acf2900
+register_codes("file", "info", {"other_file": "A file of a kind that is not read here, in a folder that is."})
+register_codes("file", "error", {"empty_folder": "The folder holds no file."})
+
+# %% ../nbs/03_thoughts.ipynb #cee35e5f
 register_codes("file", "info", {"other_file": "A file of a kind that is not read here, in a folder that is."})
 register_codes("file", "error", {"empty_folder": "The folder holds no file."})
 
@@ -1155,12 +1399,30 @@ def _tree_of_row(row: Any, column: str) -> ThoughtTree:
     if not isinstance(row[column], str): raise BadRow("not_text", f"{column!r} is {row[column].__class__.__name__}, not text")
     return parse_thoughts(row[column])
 
-# %% ../nbs/03_thoughts.ipynb #0f12d8c2
+# %% ../nbs/03_thoughts.ipynb #be88a328
+def _text_rows(path: Path) -> Iterator[tuple[str, Callable]]:
+    "The one row of a file of text."
+    try: text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e: raise BadRow("not_utf8", f"not UTF-8 (byte 0x{e.object[e.start]:02x} at byte {e.start})") from None
+    yield path.name, lambda: text
+
+# %% ../nbs/03_thoughts.ipynb #59015263
 def _is_object(line: bytes) -> bool:
     "Whether a line is a JSON object."
     try: return isinstance(_decode(line), dict)
     except BadRow: return False
 
+def _json_rows(path: Path) -> Iterator[tuple[str, Callable]]:
+    "The rows of a file that is one JSON value."
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    if not raw: raise BadRow("empty_file", "the file holds nothing but white space")
+    try: found = _decode(raw)
+    except BadRow:
+        if not _is_object(raw.partition(b"\n")[0]): raise
+        with path.open("rb") as file: yield from [*_json_lines(file, path.name)]
+    else: yield from ((f"{path.name}[{i}]", lambda row=row: row) for i, row in enumerate(found if isinstance(found, list) else [found]))
+
+# %% ../nbs/03_thoughts.ipynb #56fe030c
 _PACKED = (".gz", ".parquet", ".arrow") # read as `load_traces` reads them
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Callable]]:
@@ -1170,22 +1432,20 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Callable]]:
     if kind in _PACKED:
         try: yield from _raw_file(path)
         except (ValueError, OSError, NotImplementedError) as e: raise BadRow("damaged_file", f"{CODES['damaged_file'].meaning} ({e})") from None
-    elif kind == ".txt":
-        try: text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as e: raise BadRow("not_utf8", f"not UTF-8 (byte 0x{e.object[e.start]:02x} at byte {e.start})") from None
-        yield path.name, lambda: text
-    elif kind == ".json":
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
-        if not raw: raise BadRow("empty_file", "the file holds nothing but white space")
-        try: found = _decode(raw)
-        except BadRow:
-            if not _is_object(raw.partition(b"\n")[0]): raise
-            with path.open("rb") as file: yield from [*_json_lines(file, path.name)] # JSON Lines under another name
-        else: yield from ((f"{path.name}[{i}]", lambda row=row: row) for i, row in enumerate(found if isinstance(found, list) else [found]))
+    elif kind in (".txt", ".json"): yield from (_text_rows if kind == ".txt" else _json_rows)(path)
     else:
         with path.open("rb") as file: yield from _json_lines(file, path.name)
 
-# %% ../nbs/03_thoughts.ipynb #9477dede
+# %% ../nbs/03_thoughts.ipynb #1042d6c7
+def _read_trees(file: Path, name: str, column: str, trees: list, issues: list):
+    "Add the trees of one file, and what could not be read of it."
+    try:
+        for where, row in _file_rows(file):
+            try: trees.append(_tree_of_row(row(), column))
+            except BadRow as e: issues.append(Unreadable(name + where.removeprefix(file.name), e.code, str(e)))
+    except BadRow as e: issues.append(Unreadable(name, e.code, str(e)))
+
+# %% ../nbs/03_thoughts.ipynb #a0919841
 _KINDS = (".txt", ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", *_PACKED[1:]) # how names of files end
 
 def read_trees(
@@ -1203,15 +1463,7 @@ def read_trees(
         else: _read_trees(file, name, column, trees, issues)
     return trees, issues
 
-def _read_trees(file: Path, name: str, column: str, trees: list, issues: list):
-    "Add the trees of one file, and what could not be read of it."
-    try:
-        for where, row in _file_rows(file):
-            try: trees.append(_tree_of_row(row(), column))
-            except BadRow as e: issues.append(Unreadable(name + where.removeprefix(file.name), e.code, str(e)))
-    except BadRow as e: issues.append(Unreadable(name, e.code, str(e)))
-
-# %% ../nbs/03_thoughts.ipynb #8ab4d488
+# %% ../nbs/03_thoughts.ipynb #cd868699
 _COLOURS = dict(positive="#0072B2", negative="#D55E00", unknown="#F0E442") | {None: "#FFFFFF"} # apart for the colour-blind too (Okabe and Ito)
 _SHAPES = dict(problem="s", expansion="o", critic="^", refine="D", conclusion="*") # of matplotlib
 _SIGNS = dict(positive="+", negative="−", unknown="?") | {None: " "}
@@ -1221,23 +1473,45 @@ def _nested(tree: ThoughtTree, limit: int, deepest: int) -> tuple[list[tuple[Tho
     shown = [(n, d) for n in islice(tree.walk("pre"), 20 * limit) if (d := n.depth) <= deepest][:limit]
     return shown, len(tree) - len(shown)
 
-# %% ../nbs/03_thoughts.ipynb #9d9d879c
+# %% ../nbs/03_thoughts.ipynb #0377f2d5
+_BOX = "display:inline-block;width:1.2em;text-align:center;border:1px solid #888;color:#000;background:"
+
+def _node_html(node: ThoughtNode) -> str:
+    "The line of one node."
+    rating, value = node.rating, "" if node.value is None else f" <small>{node.value:.2f}</small>"
+    box = f'<span title="{rating or "not rated"}" style="{_BOX}{_COLOURS[rating]}">{_SIGNS[rating]}</span>'
+    text = visible(node.text[:2000]) + (f" … {len(node.text) - 2000:,} characters more" if len(node.text) > 2000 else "")
+    said = f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{escape(text)}</span>'
+    return f'{box} <b>{node.index}</b> {node.type}{value} {said}'
+
+# %% ../nbs/03_thoughts.ipynb #effec77d
+def _issues_html(issues: list[Issue], limit: int = 20) -> str:
+    "The first issues, a line each."
+    lines = [f"<p><code>{i.code}</code> at {i.start:,}: {escape(i.message)}</p>" for i in issues[:limit]]
+    if len(issues) > limit: lines.append(f"<p>{len(issues) - limit:,} issues more</p>")
+    return "".join(lines)
+
+# %% ../nbs/03_thoughts.ipynb #4017e014
 @patch
 def _repr_html_(self: ThoughtTree, limit: int = 200, deepest: int = 60) -> str:
     shown, more = _nested(self, limit, deepest)
-    out, level = [f"<p><b>Thought tree</b> · {escape(repr(self)[12:-1])}</p>"], -1
-    out += [f"<p><code>{i.code}</code> at {i.start:,}: {escape(i.message)}</p>" for i in self.issues[:20]]
-    if len(self.issues) > 20: out.append(f"<p>{len(self.issues) - 20:,} issues more</p>")
+    out, level = [f"<p><b>Thought tree</b> · {escape(self._about())}</p>", _issues_html(self.issues)], -1
     for node, depth in shown:
         out.append("</div></details>" * (level - depth + 1))
-        value = "" if node.value is None else f" <small>{node.value:.2f}</small>"
-        dot = f'<span title="{node.rating or "not rated"}" style="display:inline-block;width:1.2em;text-align:center;border:1px solid #888;color:#000;background:{_COLOURS[node.rating]}">{_SIGNS[node.rating]}</span>'
-        text = visible(node.text[:2000]) + (f" … {len(node.text) - 2000:,} characters more" if len(node.text) > 2000 else "")
-        out.append(f'<details open><summary dir="auto">{dot} <b>{node.index}</b> {node.type}{value} <span style="white-space:pre-wrap;overflow-wrap:anywhere">{escape(text)}</span></summary><div style="margin-left:1.2em">')
+        out.append(f'<details open><summary dir="auto">{_node_html(node)}</summary><div style="margin-left:1.2em">')
         level = depth
     return "".join(out) + "</div></details>" * (level + 1) + (f"<p>{_count(more, 'node')} more not shown.</p>" if more else "")
 
-# %% ../nbs/03_thoughts.ipynb #e7cd2bf6
+# %% ../nbs/03_thoughts.ipynb #08918623
+def _line(node: ThoughtNode, width: int): # rich.text.Text
+    "A node for a terminal, its text at most `width` characters long."
+    from rich.text import Text
+    style = dict(positive="blue", negative="red", unknown="yellow") | {None: ""}
+    line = Text(f"{_SIGNS[node.rating]} {node.index} {node.type}", style=style[node.rating], no_wrap=True, overflow="ellipsis")
+    line.append(" " + " ".join(visible(_short(node.text.strip(), width)).split()), style="")
+    return line
+
+# %% ../nbs/03_thoughts.ipynb #cf4c365a
 @patch
 def to_rich(self: ThoughtTree,
     limit: int = 200, # nodes at most
@@ -1248,15 +1522,13 @@ def to_rich(self: ThoughtTree,
     from rich.text import Text
     from rich.tree import Tree
     shown, more = _nested(self, limit, deepest)
-    top, style = Tree(Text(repr(self)), hide_root=False), dict(positive="blue", negative="red", unknown="yellow") | {None: ""}
+    top = Tree(Text(repr(self)), hide_root=False)
     above = [top]
-    for node, depth in shown:
-        line = Text(f"{_SIGNS[node.rating]} {node.index} {node.type}", style=style[node.rating], no_wrap=True, overflow="ellipsis")
-        line.append(" " + " ".join(visible(_short(node.text.strip(), width)).split()), style="")
-        above[depth + 1:] = [above[depth].add(line)]
+    for node, depth in shown: above[depth + 1:] = [above[depth].add(_line(node, width))]
     if more: top.add(Text(f"{_count(more, 'node')} more not shown"))
     return top
 
+# %% ../nbs/03_thoughts.ipynb #5b256d06
 @patch
 def show(self: ThoughtTree,
     console: Any = None, # a rich Console; None: the terminal
@@ -1266,7 +1538,7 @@ def show(self: ThoughtTree,
     from rich.console import Console
     (console or Console()).print(self.to_rich(**options))
 
-# %% ../nbs/03_thoughts.ipynb #b91b06b2
+# %% ../nbs/03_thoughts.ipynb #5860a02a
 def _columns(tree: ThoughtTree, kept: set[int]) -> dict[int, float]:
     "Where each node that is kept stands from left to right."
     x, right = {}, 0
@@ -1276,43 +1548,56 @@ def _columns(tree: ThoughtTree, kept: set[int]) -> dict[int, float]:
         x[node.index], right = ((below[0] + below[-1]) / 2, right) if below else (right, right + 1)
     return x
 
-# %% ../nbs/03_thoughts.ipynb #0c8a80e5
+# %% ../nbs/03_thoughts.ipynb #1d5f12c0
+def _edges(tree: ThoughtTree, x: dict[int, float], kept: list[ThoughtNode]) -> tuple[list, list]:
+    "Coordinates of all edges; None breaks the line."
+    pairs = [(tree._up[n.index], n) for n in kept if tree._up[n.index] in x]
+    return [at for up, n in pairs for at in (x[up], x[n.index], None)], [at for _, n in pairs for at in (n.depth - 1, n.depth, None)]
+
+def _draw_nodes(ax, kept: list[ThoughtNode], x: dict[int, float], size: float):
+    "Nodes as shapes in colours; a star is larger, as it has less in its middle."
+    for kind, shape in _SHAPES.items():
+        some = [n for n in kept if n.type == kind]
+        if not some: continue
+        ax.scatter([x[n.index] for n in some], [n.depth for n in some], s=size * (1.8 if shape == "*" else 1), marker=shape,
+            c=[_COLOURS[n.rating] for n in some], edgecolors="#333333", linewidths=.7, zorder=2)
+
+# %% ../nbs/03_thoughts.ipynb #14bf9529
+def _legend(kept: list[ThoughtNode]) -> list: # headings are entries without a mark
+    "Entries for the types and the ratings that there are."
+    from matplotlib.lines import Line2D
+    mark = lambda label, shape="", colour="#DDDDDD": Line2D([], [], linestyle="", marker=shape, markerfacecolor=colour, markeredgecolor="#333333", label=label)
+    types, ratings = {n.type for n in kept}, {n.rating for n in kept}
+    return [mark("type"), *(mark(kind, shape) for kind, shape in _SHAPES.items() if kind in types),
+        mark("rating"), *(mark(name or "not rated", "o", colour) for name, colour in _COLOURS.items() if name in ratings)]
+
+# %% ../nbs/03_thoughts.ipynb #76391114
+def _axes(n: int, wide: float, deep: int) -> tuple: # figure, its axes, area of a mark
+    "An empty drawing for `n` nodes in so many columns and rows."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(min(max(5, .12 * wide + 2.4), 13), min(max(2.6, .5 * deep + 1.4), 12)), layout="constrained")
+    ax.set(ylabel="depth", xticks=[], ylim=(deep + .6, -.6), xlim=(-1, max(wide, 1)))
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    return fig, ax, 90 if n <= 60 else 45 if n <= 200 else 20
+
+# %% ../nbs/03_thoughts.ipynb #33c08c12
 @patch
 def plot(self: ThoughtTree,
     limit: int = 400, # nodes at most, the upper ones first; the title says how many are left out
     numbers: bool | None = None, # write positions beside the nodes; None: up to 60 nodes
 ) -> Figure: # not shown yet
     "The tree in layers: depth by row, rating as colour, type as shape."
-    import matplotlib.pyplot as plt
     kept = [n for n in islice(self.walk("level"), limit)]
-    x, deep = _columns(self, {n.index for n in kept}), max((n.depth for n in kept), default=0)
-    wide, size = max(x.values(), default=0) + 1, 90 if len(kept) <= 60 else 45 if len(kept) <= 200 else 20
-    fig, ax = plt.subplots(figsize=(min(max(5, .12 * wide + 2.4), 13), min(max(2.6, .5 * deep + 1.4), 12)), layout="constrained")
+    x, more = _columns(self, {n.index for n in kept}), len(self) - len(kept)
+    fig, ax, size = _axes(len(kept), max(x.values(), default=0) + 1, max((n.depth for n in kept), default=0))
     ax.plot(*_edges(self, x, kept), color="#999999", linewidth=.7, zorder=1)
     _draw_nodes(ax, kept, x, size)
     if len(kept) <= 60 if numbers is None else numbers:
         for n in kept: ax.annotate(str(n.index), (x[n.index], n.depth), (5, 5), textcoords="offset points", fontsize="x-small")
-    ax.set(ylabel="depth", xticks=[], ylim=(deep + .6, -.6), xlim=(-1, max(wide, 1)), title=_count(len(self), "node") + (f", {len(self) - len(kept):,} of them not shown" if len(self) > len(kept) else ""))
-    ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.set_title(_count(len(self), "node") + (f", {more:,} of them not shown" if more else ""))
     ax.legend(handles=_legend(kept), frameon=False, loc="center left", bbox_to_anchor=(1, .5), fontsize="small")
     return fig
 
-# %% ../nbs/03_thoughts.ipynb #57ec5000
-def _edges(tree: ThoughtTree, x: dict[int, float], kept: list[ThoughtNode]) -> tuple[list, list]:
-    pairs = [(tree._up[n.index], n) for n in kept if tree._up[n.index] in x]
-    return [at for up, n in pairs for at in (x[up], x[n.index], None)], [at for _, n in pairs for at in (n.depth - 1, n.depth, None)]
-
-def _draw_nodes(ax, kept: list[ThoughtNode], x: dict[int, float], size: float):
-    for kind, shape in _SHAPES.items():
-        some = [n for n in kept if n.type == kind]
-        if some: ax.scatter([x[n.index] for n in some], [n.depth for n in some], s=size * (1.8 if shape == "*" else 1), marker=shape, c=[_COLOURS[n.rating] for n in some], edgecolors="#333333", linewidths=.7, zorder=2)
-
-def _legend(kept: list[ThoughtNode]) -> list:
-    from matplotlib.lines import Line2D
-    mark = lambda shape, colour, label: Line2D([], [], linestyle="", marker=shape, markerfacecolor=colour, markeredgecolor="#333333", label=label)
-    shapes = [mark(shape, "#DDDDDD", kind) for kind, shape in _SHAPES.items() if any(n.type == kind for n in kept)]
-    return shapes + [mark("o", colour, name or "not rated") for name, colour in _COLOURS.items() if any(n.rating == name for n in kept)]
-
-# %% ../nbs/03_thoughts.ipynb #b6f2ae68
+# %% ../nbs/03_thoughts.ipynb #22cd4861
 READERS["thoughts"] = (lambda text: _F in text and _TEXT.header.search(text) is not None, lambda text: parse_thoughts(text).trace)
