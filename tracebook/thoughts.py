@@ -135,7 +135,7 @@ def _said(printed: str) -> int | str: # the number, or what stands there instead
 def _cell(self: ThoughtTree, i: int, part: int) -> str: # a part of a row, without making the row
     return self._rows[i][part] if isinstance(self._rows, list) else self._rows.cell(i, part)
 
-# %% ../nbs/03_thoughts.ipynb #e3f04a9c
+# %% ../nbs/03_thoughts.ipynb #0a0e6d0f
 class ThoughtNode:
     "One node of a tree."
     __slots__ = ("tree", "index")
@@ -151,7 +151,7 @@ class ThoughtNode:
         "The father's number that the header prints; it may lead nowhere."
         return _integer(self.tree._cell(self.index, 0))
 
-# %% ../nbs/03_thoughts.ipynb #ceeed8df
+# %% ../nbs/03_thoughts.ipynb #06176c6d
 @patch(as_prop=True)
 def type(self: ThoughtNode) -> str: # one of `THOUGHT_TYPES`
     "What kind of thought it is; without a tag, an expansion."
@@ -162,7 +162,7 @@ def tag(self: ThoughtNode) -> str: # such as "`<critic>`", or ""
     "The tag as it is printed, if it is."
     return self.tree._cell(self.index, 2)
 
-# %% ../nbs/03_thoughts.ipynb #3ce5c032
+# %% ../nbs/03_thoughts.ipynb #0d65eeca
 @patch(as_prop=True)
 def text(self: ThoughtNode) -> str: # without the tag of its type, otherwise untouched
     "The thought."
@@ -173,7 +173,7 @@ def state(self: ThoughtNode) -> str: # the same as `text`
     "The thought, by the name that a search uses."
     return self.text
 
-# %% ../nbs/03_thoughts.ipynb #2947495c
+# %% ../nbs/03_thoughts.ipynb #b6affec1
 @patch(as_prop=True)
 def value(self: ThoughtNode) -> float | None: # None: not known
     "Log-probability that the thought is good; it can be set."
@@ -185,7 +185,7 @@ def _set_value(node: ThoughtNode, value: float | None) -> None:
 
 ThoughtNode.value = ThoughtNode.value.setter(_set_value)
 
-# %% ../nbs/03_thoughts.ipynb #a3b387a5
+# %% ../nbs/03_thoughts.ipynb #3482d459
 @patch(as_prop=True)
 def rating(self: ThoughtNode) -> str | None: # "positive", "negative", "unknown", or None
     "The rating as it was read or given; else what the value says; None if there is neither."
@@ -193,7 +193,7 @@ def rating(self: ThoughtNode) -> str | None: # "positive", "negative", "unknown"
     if printed: return _NAMES.get(printed.strip())
     return None if value is None else value_to_rating_token(value)[1:-8]
 
-# %% ../nbs/03_thoughts.ipynb #a73a5680
+# %% ../nbs/03_thoughts.ipynb #82d79e86
 @patch(as_prop=True)
 def info(self: ThoughtNode) -> dict: # any data that JSON can hold; kept by `to_dict`
     "A place for what others want to keep with a node, such as visits."
@@ -209,7 +209,7 @@ def complete(self: ThoughtNode) -> bool: # False: the text broke off in it
     "Whether the thought was closed."
     return self.index not in self.tree._open
 
-# %% ../nbs/03_thoughts.ipynb #1d911342
+# %% ../nbs/03_thoughts.ipynb #1440cf22
 class _Nodes(Sequence):
     "The nodes of a tree, each made when it is first asked for."
     def __init__(self, tree: ThoughtTree): self.tree = tree
@@ -222,7 +222,7 @@ class _Nodes(Sequence):
         made, k = self.tree._made, range(len(self))[i]
         return made.get(k) or made.setdefault(k, ThoughtNode(self.tree, k))
 
-# %% ../nbs/03_thoughts.ipynb #979186ef
+# %% ../nbs/03_thoughts.ipynb #d92b9619
 @patch
 def __iter__(self: _Nodes) -> Iterator[ThoughtNode]:
     tree, made = self.tree, self.tree._made
@@ -238,7 +238,7 @@ def nodes(self: ThoughtTree) -> Sequence[ThoughtNode]: # used like a list; alway
 @patch
 def __iter__(self: ThoughtTree) -> Iterator[ThoughtNode]: return iter(self.nodes)
 
-# %% ../nbs/03_thoughts.ipynb #1915eabe
+# %% ../nbs/03_thoughts.ipynb #5ebe0f23
 @patch(as_prop=True)
 def _children(self: ThoughtTree) -> list[list[int]]:
     if "children" not in self._cache:
@@ -247,7 +247,7 @@ def _children(self: ThoughtTree) -> list[list[int]]:
             if up >= 0: out[up].append(i)
     return self._cache["children"]
 
-# %% ../nbs/03_thoughts.ipynb #a48c1269
+# %% ../nbs/03_thoughts.ipynb #17f882c6
 @patch(as_prop=True)
 def _depths(self: ThoughtTree) -> list[int]:
     if "depths" not in self._cache:
@@ -259,7 +259,7 @@ def _depths(self: ThoughtTree) -> list[int]:
         self._cache["depths"] = out
     return self._cache["depths"]
 
-# %% ../nbs/03_thoughts.ipynb #a0339c43
+# %% ../nbs/03_thoughts.ipynb #ab0e224f
 @patch(as_prop=True)
 def parent(self: ThoughtNode) -> ThoughtNode | None: # None: a root, or the father is not there
     "The node above."
@@ -277,7 +277,7 @@ def depth(self: ThoughtNode) -> int: # 0 for a root
     "How many steps it is from its root."
     return self.tree._depths[self.index]
 
-# %% ../nbs/03_thoughts.ipynb #d0fc574c
+# %% ../nbs/03_thoughts.ipynb #5408f3ec
 @patch(as_prop=True)
 def roots(self: ThoughtTree) -> list[ThoughtNode]: # at least one, unless the tree is empty
     "All nodes without a parent, orphans among them."
@@ -290,7 +290,7 @@ def root(self: ThoughtTree) -> ThoughtNode | None: # None: no node or more than 
     declared = [n for n in self.roots if n.parent_id == -1]
     return declared[0] if len(declared) == 1 else None
 
-# %% ../nbs/03_thoughts.ipynb #ab836b25
+# %% ../nbs/03_thoughts.ipynb #832b3be0
 @patch(as_prop=True)
 def leaves(self: ThoughtTree) -> list[ThoughtNode]: # in the order of the text
     "Nodes without children."
@@ -302,14 +302,14 @@ def depth(self: ThoughtTree) -> int: # 0 for a root alone and for an empty tree
     "Depth of the deepest node."
     return max(self._depths, default=0)
 
-# %% ../nbs/03_thoughts.ipynb #fb36f760
+# %% ../nbs/03_thoughts.ipynb #f97b6c65
 @patch(as_prop=True)
 def branching(self: ThoughtTree) -> float | None: # None: no node has children
     "Children of a node that has any, on average."
     sizes = [len(c) for c in self._children if c]
     return sum(sizes) / len(sizes) if sizes else None
 
-# %% ../nbs/03_thoughts.ipynb #3845a2e6
+# %% ../nbs/03_thoughts.ipynb #dbb7d24f
 @patch
 def _key(self: ThoughtNode) -> tuple: # what equal nodes have in common
     father, local, _, text, rating, _ = self.tree._rows[self.index]
@@ -322,13 +322,13 @@ def __eq__(self: ThoughtNode, other) -> bool: return self is other or isinstance
 @patch
 def __hash__(self: ThoughtNode) -> int: return hash((self.index, self.text))
 
-# %% ../nbs/03_thoughts.ipynb #05ce388e
+# %% ../nbs/03_thoughts.ipynb #10c5dc68
 @patch
 def __eq__(self: ThoughtTree, other) -> bool: return isinstance(other, ThoughtTree) and self.nodes == other.nodes
 
 ThoughtTree.__hash__ = None # a tree can change
 
-# %% ../nbs/03_thoughts.ipynb #7b5603f5
+# %% ../nbs/03_thoughts.ipynb #af560664
 def _short(text: str, limit: int = 40) -> str: return text if len(text) <= limit else text[:limit - 1] + "…"
 
 @patch
@@ -336,7 +336,7 @@ def __repr__(self: ThoughtNode) -> str:
     rating = "" if self.rating is None else f", {self.rating}"
     return f"ThoughtNode({self.index}, local_id={self.local_id}, parent_id={self.parent_id}, {self.type}, {_short(self.text)!r}{rating})"
 
-# %% ../nbs/03_thoughts.ipynb #f1c9ff9b
+# %% ../nbs/03_thoughts.ipynb #29a1d7b4
 @patch
 def _about(self: ThoughtTree) -> str:
     "Its size in words."
@@ -347,7 +347,7 @@ def _about(self: ThoughtTree) -> str:
 @patch
 def __repr__(self: ThoughtTree) -> str: return f"ThoughtTree({self._about()})"
 
-# %% ../nbs/03_thoughts.ipynb #d9831b19
+# %% ../nbs/03_thoughts.ipynb #801cc691
 class _Grammar:
     "The expressions of the format, for one spelling of its markers."
     def __init__(self, spell: Callable[[str], str] = str, plain: str = f"(?:[^<]|<(?!{'|'.join(m[1:] for m in _MARKERS)}))"):
@@ -359,7 +359,7 @@ class _Grammar:
 
     def some(self, *names: str) -> str: return "|".join(re.escape(self.spell[n]) for n in names)
 
-# %% ../nbs/03_thoughts.ipynb #ef851faf
+# %% ../nbs/03_thoughts.ipynb #81d86bb2
 _WORD = r"<[^\W\d_]\w{3,11}>" # types have 6 to 10 letters
 
 @patch
@@ -371,14 +371,14 @@ def _ends(self: _Grammar):
     self.rated = re.compile(self.some(_r, _R, _T, _E, "<hint>")) # what ends a rating
     self.hinted = re.compile(self.some("</hint>", "<hint>", _R, _E)) # what ends a hint
 
-# %% ../nbs/03_thoughts.ipynb #41b613f1
+# %% ../nbs/03_thoughts.ipynb #1e133b3c
 @patch
 def _until(self: _Grammar, *names: str) -> str:
     "What holds none of some markers, in one pass."
     firsts, rests = "".join({re.escape(self.spell[n][0]) for n in names}), "|".join(re.escape(self.spell[n][1:]) for n in names)
     return f"[^{firsts}]*+(?:[{firsts}](?!{rests})[^{firsts}]*+)*+"
 
-# %% ../nbs/03_thoughts.ipynb #ccae16d8
+# %% ../nbs/03_thoughts.ipynb #f7ce1243
 @patch
 def _body(self: _Grammar) -> str: # groups after the two of the header: tag, thought, end, rating as printed, its word, hint, gap
     "What follows the header of a usual stretch."
@@ -389,7 +389,7 @@ def _body(self: _Grammar) -> str: # groups after the two of the header: tag, tho
 
 _TEXT = _Grammar()
 
-# %% ../nbs/03_thoughts.ipynb #10455851
+# %% ../nbs/03_thoughts.ipynb #1463bbbc
 class Place(NamedTuple):
     "Where a node and its parts stand; spans of characters, or of tokens."
     node: Span # from its header to the end of its rating or hint
@@ -398,7 +398,7 @@ class Place(NamedTuple):
     thought: Span # its text
     rating: Span | None # what stands between the tags of its rating
 
-# %% ../nbs/03_thoughts.ipynb #e37fadb6
+# %% ../nbs/03_thoughts.ipynb #e41a1a18
 class _Reader:
     "Headers and what follows them in; rows, spans and defects out."
     def __init__(self, grammar: _Grammar):
@@ -409,7 +409,7 @@ class _Reader:
 
     def __len__(self) -> int: return len(self.places)
 
-# %% ../nbs/03_thoughts.ipynb #9ca2f268
+# %% ../nbs/03_thoughts.ipynb #294d7485
 @patch
 def note(self: _Reader, code: str, start: int, end: int): self.found.append((code, self.base + start, self.base + end))
 
@@ -418,7 +418,7 @@ def put(self: _Reader, kind: str, start: int, end: int, complete: bool = True) -
     self.parts.append(tuple.__new__(Span, (kind, self.base + start, self.base + end, complete)))
     return self.parts[-1]
 
-# %% ../nbs/03_thoughts.ipynb #9a561e83
+# %% ../nbs/03_thoughts.ipynb #0bdb37c2
 _PAIR, _PAIR_END = re.compile(r"\s*+(?:\(['\"])?"), re.compile(r"(?:\\n|\s)*+['\"],")
 
 @patch
@@ -431,7 +431,7 @@ def gap(self: _Reader, text: str, start: int, end: int):
     if self.wrapped and _PAIR_END.match(piece) and piece.rstrip().endswith(")"): self.wrapped = False
     else: self.stray(text, start, end)
 
-# %% ../nbs/03_thoughts.ipynb #38cd9e75
+# %% ../nbs/03_thoughts.ipynb #abd3f672
 @patch
 def stray(self: _Reader, text: str, start: int, end: int):
     "Note the markers in a gap or, where it has none, the text."
@@ -439,7 +439,7 @@ def stray(self: _Reader, text: str, start: int, end: int):
     for span in marks: self.note("stray_marker", *span)
     if not marks: self.note("stray_text", start, end)
 
-# %% ../nbs/03_thoughts.ipynb #d32f17f5
+# %% ../nbs/03_thoughts.ipynb #59117b2c
 _TAILS = tuple({m[k:] for m in THOUGHT_TOKENS[:11] for k in range(1, len(m) - 1)})
 
 @patch
@@ -453,7 +453,7 @@ def head(self: _Reader, text: str, stop: int):
         self.note("tuple_root", size, stop)
     self.wrapped, self.began = bool(pair), True
 
-# %% ../nbs/03_thoughts.ipynb #259a287c
+# %% ../nbs/03_thoughts.ipynb #48e06956
 @patch
 def cut(self: _Reader, text: str, size: int):
     "Note what a prefix is the end of."
@@ -461,7 +461,7 @@ def cut(self: _Reader, text: str, size: int):
     if set(marks) - {"<hint>", "</hint>"} or size and text.startswith(_TAILS): self.note("left_truncated", 0, size)
     elif marks: self.note("hint_between_nodes", 0, size)
 
-# %% ../nbs/03_thoughts.ipynb #15e3b581
+# %% ../nbs/03_thoughts.ipynb #02df07ee
 _HEADER = ("marker", "id", "marker", "marker", "id", "marker") # kinds of its spans
 
 def _seams(m: re.Match, g: _Grammar) -> tuple[int, ...]:
@@ -477,7 +477,7 @@ def header(self: _Reader, m: re.Match) -> tuple[Span, Span]: # those of the two 
     spans = [self.put(*part) for part in zip(_HEADER, seams, seams[1:])]
     return spans[1], spans[4]
 
-# %% ../nbs/03_thoughts.ipynb #f4086dcb
+# %% ../nbs/03_thoughts.ipynb #09085355
 @patch
 def closing(self: _Reader, ends: re.Pattern, marker: str, text: str, at: int, stop: int) -> tuple[bool, int, int]:
     "How a part ends: (whether by its marker, where, where the marker ends)."
@@ -486,7 +486,7 @@ def closing(self: _Reader, ends: re.Pattern, marker: str, text: str, at: int, st
     if found and found[0] == self.g.spell[marker]: return True, last, found.end()
     return False, last, last
 
-# %% ../nbs/03_thoughts.ipynb #e69b3461
+# %% ../nbs/03_thoughts.ipynb #bbfe6648
 @patch
 def thought(self: _Reader, text: str, at: int, stop: int) -> tuple[Span, str, str, int]:
     "A thought: (span, tag, text, where it ends)."
@@ -504,7 +504,7 @@ def unclosed(self: _Reader, start: int, end: int):
     self.open.add(len(self.rows))
     self.note("missing_thought_end", start, end)
 
-# %% ../nbs/03_thoughts.ipynb #3614ba59
+# %% ../nbs/03_thoughts.ipynb #08208913
 @patch
 def inside(self: _Reader, text: str, start: int, end: int, tagged: bool):
     "Note what is odd in a thought."
@@ -517,12 +517,12 @@ def inside(self: _Reader, text: str, start: int, end: int, tagged: bool):
         else: code, edge = "type_repeated", m.end()
         self.note(code, *m.span())
 
-# %% ../nbs/03_thoughts.ipynb #4e71bd6f
+# %% ../nbs/03_thoughts.ipynb #b0a9f55c
 def _nearly_a_type(word: str) -> bool:
     "Whether two letters put in, left out or changed make a type of a word."
     return any(_distance(word, kind) <= 2 for kind in THOUGHT_TYPES)
 
-# %% ../nbs/03_thoughts.ipynb #80728827
+# %% ../nbs/03_thoughts.ipynb #b3eacb41
 def _distance(a: str, b: str) -> int:
     "Letters to put in, to leave out or to change (Levenshtein)."
     row = range(len(b) + 1)
@@ -532,7 +532,7 @@ def _distance(a: str, b: str) -> int:
         row = new
     return row[-1]
 
-# %% ../nbs/03_thoughts.ipynb #c4298db8
+# %% ../nbs/03_thoughts.ipynb #0b82d23d
 _QUIET = {None, *RATING_TOKENS.values()} # words of a rating of which nothing is to be said
 
 @patch
@@ -542,7 +542,7 @@ def judge(self: _Reader, word: str, closed: bool, start: int, end: int):
     elif word == "<unknow_rating>": self.note("rating_misspelled", start, end)
     elif word in RATING_WORDS.values(): self.note("rating_word", start, end)
 
-# %% ../nbs/03_thoughts.ipynb #7ce49b5a
+# %% ../nbs/03_thoughts.ipynb #9019f315
 @patch
 def rating(self: _Reader, text: str, m: re.Match, stop: int) -> tuple[str, Span, int]:
     "A rating: (as printed, span, where it ends)."
@@ -553,7 +553,7 @@ def rating(self: _Reader, text: str, m: re.Match, stop: int) -> tuple[str, Span,
     self.judge(text[m.end():end], closed, m.start(), last)
     return text[m.start():last], span, last
 
-# %% ../nbs/03_thoughts.ipynb #a6caa0e5
+# %% ../nbs/03_thoughts.ipynb #62f18bb9
 @patch
 def hint(self: _Reader, text: str, m: re.Match, stop: int) -> int:
     "A hint; returns where it ends."
@@ -566,7 +566,7 @@ def hint(self: _Reader, text: str, m: re.Match, stop: int) -> int:
     self.note("hint_between_nodes", m.start(), last)
     return last
 
-# %% ../nbs/03_thoughts.ipynb #b7279f09
+# %% ../nbs/03_thoughts.ipynb #ae50dd4f
 @patch
 def expects(self: _Reader, marker: str, rated: Span | None) -> bool:
     "Whether a marker has a meaning after a thought, with the rating that was found so far."
@@ -580,7 +580,7 @@ def end_shell(self: _Reader, m: re.Match) -> int:
     self.shells -= 1
     return m.end()
 
-# %% ../nbs/03_thoughts.ipynb #eba5df28
+# %% ../nbs/03_thoughts.ipynb #835e924e
 @patch
 def tail(self: _Reader, text: str, at: int, stop: int) -> tuple[str, Span | None, int, str | None]:
     "What follows a thought: (rating as printed, its span, where the node ends, white space after it or None)."
@@ -598,7 +598,7 @@ def tail(self: _Reader, text: str, at: int, stop: int) -> tuple[str, Span | None
     blank = text[at:stop]
     return rating, rated, at, blank if not blank or blank.isspace() else None
 
-# %% ../nbs/03_thoughts.ipynb #483f8c41
+# %% ../nbs/03_thoughts.ipynb #81956eb7
 @patch
 def node(self: _Reader, text: str, m: re.Match, at: int, stop: int, father: Span, local: Span):
     "What follows a header, as a row."
@@ -608,14 +608,14 @@ def node(self: _Reader, text: str, m: re.Match, at: int, stop: int, father: Span
     self.rows.append((*m.groups(), tag, piece, rating, gap))
     self.start, self.shells, self.wrapped = None, 0, False
 
-# %% ../nbs/03_thoughts.ipynb #aee91916
+# %% ../nbs/03_thoughts.ipynb #219e4f87
 class _Stretch(NamedTuple):
     "A node in one of the usual forms."
     match: re.Match
     base: int # offset of the text that was matched
     g: _Grammar
 
-# %% ../nbs/03_thoughts.ipynb #aff5fe45
+# %% ../nbs/03_thoughts.ipynb #0822f1c7
 @patch
 def _ends(self: _Stretch) -> list[tuple[str, int]]:
     "(kind, end) of every part it may have."
@@ -626,7 +626,7 @@ def _ends(self: _Stretch) -> list[tuple[str, int]]:
             ends += ("gap", m.start(group) - size(opening)), ("marker", m.start(group)), (kind, m.end(group)), ("marker", m.end(group) + size(closing))
     return [*ends, ("gap", m.end())]
 
-# %% ../nbs/03_thoughts.ipynb #a36b326b
+# %% ../nbs/03_thoughts.ipynb #5163310d
 @patch
 def spans(self: _Stretch) -> list[Span]:
     "What it is made of."
@@ -643,7 +643,7 @@ def place(self: _Stretch) -> Place:
     return Place(at("node", m.start(), m.start(9), complete), at("id", *m.span(1)), at("id", *m.span(2)),
         at("thought", *m.span(4), complete), None if m[7] is None else at("rating", *m.span(7)))
 
-# %% ../nbs/03_thoughts.ipynb #959173ee
+# %% ../nbs/03_thoughts.ipynb #5bf74590
 @patch
 def usual(self: _Reader, text: str, m: re.Match):
     "A stretch that one expression has read, as a row."
@@ -658,7 +658,7 @@ def usual(self: _Reader, text: str, m: re.Match):
     self.places.append(stretch)
     self.rows.append((father, local, self.g.types.get(tag, ""), piece, printed or "", gap))
 
-# %% ../nbs/03_thoughts.ipynb #07189019
+# %% ../nbs/03_thoughts.ipynb #ac045d0c
 @patch
 def spans(self: _Reader, first: int = 0) -> list[Span]: # `first`: number of the first part to look at
     "The partition so far."
@@ -669,7 +669,7 @@ def place(self: _Reader, i: int) -> Place:
     "Where one node stands."
     return found.place() if isinstance(found := self.places[i], _Stretch) else found
 
-# %% ../nbs/03_thoughts.ipynb #e9f442cd
+# %% ../nbs/03_thoughts.ipynb #d27c4819
 @patch
 def segment(self: _Reader, text: str, m: re.Match, stop: int, following: tuple | None = None):
     "One header and what follows, up to `stop`, where the header with the numbers `following` begins."
@@ -680,7 +680,7 @@ def segment(self: _Reader, text: str, m: re.Match, stop: int, following: tuple |
     if again and at > m.end() and _PAIR.fullmatch(text, at, stop): self.shell(text, at, stop)
     else: self.node(text, m, at, stop, father, local)
 
-# %% ../nbs/03_thoughts.ipynb #d3199523
+# %% ../nbs/03_thoughts.ipynb #be4b50c5
 @patch
 def opening(self: _Reader, text: str, m: re.Match, stop: int) -> int: # where the thought begins
     "What opens a thought after a header, if it is there."
@@ -692,6 +692,7 @@ def opening(self: _Reader, text: str, m: re.Match, stop: int) -> int: # where th
     else: self.note("missing_thought_start", *m.span())
     return (opened or m).end()
 
+# %% ../nbs/03_thoughts.ipynb #ef1ffce9
 @patch
 def shell(self: _Reader, text: str, start: int, end: int):
     "The outer one of two headers, and what stands before the inner one."
@@ -701,7 +702,7 @@ def shell(self: _Reader, text: str, start: int, end: int):
     self.wrapped = True
     self.note("tuple_root", start, end)
 
-# %% ../nbs/03_thoughts.ipynb #5599f15d
+# %% ../nbs/03_thoughts.ipynb #cac9d418
 @patch
 def advance(self: _Reader, text: str, base: int, final: bool) -> int:
     "Read a text that begins at offset `base`, as far as it is decided; returns the index up to which it was."
@@ -712,7 +713,7 @@ def advance(self: _Reader, text: str, base: int, final: bool) -> int:
     if headers: self.segment(text, headers[-1], len(text))
     return len(text)
 
-# %% ../nbs/03_thoughts.ipynb #780b6db4
+# %% ../nbs/03_thoughts.ipynb #85a7992a
 def _link(rows: Sequence[tuple], place: Callable[[int], Place], note: Callable) -> list[int]:
     "Positions of the parents, -1 for none; notes what is wrong with the numbers."
     ids, latest, first, up = [tuple(map(_integer, row[:2])) for row in rows], {}, {}, []
@@ -727,7 +728,7 @@ def _link(rows: Sequence[tuple], place: Callable[[int], Place], note: Callable) 
         up.append(parent)
     return _unring(up, place, note) if any(p > i for i, p in enumerate(up)) else up
 
-# %% ../nbs/03_thoughts.ipynb #4c57beea
+# %% ../nbs/03_thoughts.ipynb #4f676c19
 def _father(father: int | None, local: int | None, latest: dict, first: dict) -> tuple[int, str]:
     "(position of the parent or -1, what is wrong with its number or \"\"), from the last and the first holder of each number."
     if father is None or father == -1: return -1, ""
@@ -735,7 +736,7 @@ def _father(father: int | None, local: int | None, latest: dict, first: dict) ->
     if father == local: return -1, "self_father"
     return (first[father], "forward_father") if father in first else (-1, "orphan_father")
 
-# %% ../nbs/03_thoughts.ipynb #b4fb0141
+# %% ../nbs/03_thoughts.ipynb #70b9c1ab
 def _unring(up: list[int], place: Callable[[int], Place], note: Callable) -> list[int]:
     "Cut every ring at its first node."
     seen = [-1] * len(up) # the walk on which a node was met
@@ -749,7 +750,7 @@ def _unring(up: list[int], place: Callable[[int], Place], note: Callable) -> lis
         note(("self_father", place(cut).node.start, place(cut).local.end))
     return up
 
-# %% ../nbs/03_thoughts.ipynb #2959f189
+# %% ../nbs/03_thoughts.ipynb #240dd819
 def _roots_and_ratings(rows: Sequence[tuple], place: Callable[[int], Place]) -> Iterator[tuple[str, int, int]]:
     "What is wrong with either: (code, start, end)."
     rated = [(_integer(row[0]) == -1, bool(row[4])) for row in rows] # (is a root, has a rating)
@@ -760,14 +761,14 @@ def _roots_and_ratings(rows: Sequence[tuple], place: Callable[[int], Place]) -> 
         if root and has: yield "root_rated", *place(i).rating[1:3]
         elif not root and not has: yield "missing_rating", *place(i).node[1:3]
 
-# %% ../nbs/03_thoughts.ipynb #ad6f9eb4
+# %% ../nbs/03_thoughts.ipynb #111234f7
 def _cut_marker(text: str) -> int | None: # where the marker begins
     "Whether a text ends in the middle of a marker."
     at = text.rfind("<", max(len(text) - max(map(len, _MARKERS)), 0))
     piece = text[at:]
     if at >= 0 and len(piece) > 1 and any(m.startswith(piece) and m != piece for m in _MARKERS): return at
 
-# %% ../nbs/03_thoughts.ipynb #a7fc968c
+# %% ../nbs/03_thoughts.ipynb #06a51c49
 def _finish(text: str, rows: Sequence[tuple], place: Callable[[int], Place], found: list) -> tuple[list[int], list[Issue]]:
     "(positions of the parents, issues) of the whole text; `found` are the defects that are known."
     up = _link(rows, place, found.append)
@@ -775,7 +776,7 @@ def _finish(text: str, rows: Sequence[tuple], place: Callable[[int], Place], fou
     if (at := _cut_marker(text)) is not None: found.append(("partial_marker", at, len(text)))
     return up, [Issue.of(*f) for f in sorted(found, key=lambda f: f[1:])]
 
-# %% ../nbs/03_thoughts.ipynb #08357c4c
+# %% ../nbs/03_thoughts.ipynb #84d67a01
 def _tree_of(text: str, reader: _Reader) -> ThoughtTree:
     "The finished reader and its text as a tree."
     tree = ThoughtTree()
@@ -784,13 +785,13 @@ def _tree_of(text: str, reader: _Reader) -> ThoughtTree:
     tree._hints, tree._open = reader.hints, reader.open
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #1d5e2df0
+# %% ../nbs/03_thoughts.ipynb #46c59196
 def _carefully(text: str) -> ThoughtTree:
     "A tree by the reader of this chapter, part by part where it must be."
     (reader := _Reader(_TEXT)).advance(text, 0, True)
     return _tree_of(text, reader)
 
-# %% ../nbs/03_thoughts.ipynb #38c08e9b
+# %% ../nbs/03_thoughts.ipynb #ad5b9e04
 @patch(as_prop=True)
 def trace(self: ThoughtTree) -> Trace | None: # dialect "thoughts"; None for a tree that was not read
     "The text that was read, as a trace: a partition into spans."
@@ -798,7 +799,7 @@ def trace(self: ThoughtTree) -> Trace | None: # dialect "thoughts"; None for a t
     if self._spans is None: self._spans = tuple(self._read.spans())
     return Trace._trusted(self.text, self._spans, tuple(self.issues), "thoughts", None)
 
-# %% ../nbs/03_thoughts.ipynb #e79188fd
+# %% ../nbs/03_thoughts.ipynb #78ce9f69
 @patch(as_prop=True)
 def place(self: ThoughtNode) -> Place | None: # None for a node that was not read
     "Where the node and its parts stand in the text that was read."
@@ -810,14 +811,14 @@ def span(self: ThoughtNode) -> Span | None: # of kind "node"; None for a node th
     "From the header to the end of the rating or hint."
     return self.place and self.place.node
 
-# %% ../nbs/03_thoughts.ipynb #993b65df
+# %% ../nbs/03_thoughts.ipynb #4ada3c93
 _NODE = re.compile(f"{_F}(-1|0|[1-9][0-9]{{0,17}}+){_f}{_L}(0|[1-9][0-9]{{0,17}}+){_l}{_T}({'|'.join(_TAGS)}|(?!{_WORD}))"
     rf"([^<]*+(?:<(?:(?![/a-z])|(?!{'|'.join(m[1:] for m in _MARKERS)}))[^<]*+)*+){_E}"
     rf"(?:{_R}<([pnu])(?:(?<=p)ositive|(?<=n)egative|(?<=u)nknown)_rating>{_r})?+")
 _RATED = {n[0]: _R + token + _r for n, token in RATING_TOKENS.items()} # first letter -> rating as printed
 _FRAME = sum(map(len, THOUGHT_TOKENS[:6])) # characters of a node that are the same for all
 
-# %% ../nbs/03_thoughts.ipynb #88f6fef0
+# %% ../nbs/03_thoughts.ipynb #8cfe9db2
 class _Regular:
     "Rows of a regular text, in columns; a sequence of the same tuples."
     def __init__(self, text: str, first: int):
@@ -828,7 +829,7 @@ class _Regular:
     def __iter__(self) -> Iterator[tuple]: return map(self.__getitem__, range(len(self)))
     def __getitem__(self, i: int) -> tuple: return tuple(self.cell(i, part) for part in range(6))
 
-# %% ../nbs/03_thoughts.ipynb #23f9f37d
+# %% ../nbs/03_thoughts.ipynb #9e04a7d8
 @patch(as_prop=True)
 def starts(self: _Regular) -> list[int]: # offsets of the headers
     "Where each node starts, added up once."
@@ -838,7 +839,7 @@ def starts(self: _Regular) -> list[int]: # offsets of the headers
         self._starts = [*accumulate(sizes, initial=self.first)]
     return self._starts
 
-# %% ../nbs/03_thoughts.ipynb #05e32b79
+# %% ../nbs/03_thoughts.ipynb #7df58c14
 @patch
 def cell(self: _Regular, i: int, part: int) -> str:
     "One part of one row."
@@ -849,7 +850,7 @@ def cell(self: _Regular, i: int, part: int) -> str:
     at = (self._starts or self.starts)[i] + _FRAME - len(_E) + len(fathers[i]) + len(ids[i]) + len(tags[i])
     return self.text[at:at + found]
 
-# %% ../nbs/03_thoughts.ipynb #6ec418e7
+# %% ../nbs/03_thoughts.ipynb #0cbaefd1
 def _regular(text: str, first: int, size: int = 1 << 15) -> _Regular | None:
     "The rows of a text whose first header stands at `first`; None if the layout is out of the ordinary."
     rows, at = _Regular(text, first), first
@@ -860,7 +861,7 @@ def _regular(text: str, first: int, size: int = 1 << 15) -> _Regular | None:
         for column, new in zip(rows.columns, (parts[1::6], parts[2::6], parts[3::6], map(len, parts[4::6]), parts[5::6], parts[6::6])): column += new
     return rows
 
-# %% ../nbs/03_thoughts.ipynb #2b2e9de4
+# %% ../nbs/03_thoughts.ipynb #fd3edec7
 @patch
 def node_spans(self: _Regular, i: int) -> list[Span]:
     "The spans of one node."
@@ -871,7 +872,7 @@ def node_spans(self: _Regular, i: int) -> list[Span]:
     ends = [*accumulate([*lengths, len(gap)], initial=self.starts[i])]
     return [Span(kind, start, end) for kind, start, end in zip([*kinds, "gap"], ends, ends[1:]) if end > start or kind == "thought"]
 
-# %% ../nbs/03_thoughts.ipynb #11c2ea75
+# %% ../nbs/03_thoughts.ipynb #fa962d9c
 @patch
 def spans(self: _Regular) -> list[Span]:
     "The partition of the text."
@@ -886,7 +887,7 @@ def place(self: _Regular, i: int) -> Place:
     node = Span("node", self.starts[i], self.starts[i + 1] - len(self.columns[5][i]))
     return Place(node, spans[1], spans[4], spans[at], spans[at + 3] if self.columns[4][i] else None)
 
-# %% ../nbs/03_thoughts.ipynb #86d21701
+# %% ../nbs/03_thoughts.ipynb #68d0a625
 def _regular_links(rows: _Regular) -> list[int] | None:
     "Positions of the parents; None if anything is out of the ordinary."
     fathers, ids, _, sizes, ratings, _ = rows.columns
@@ -897,7 +898,7 @@ def _regular_links(rows: _Regular) -> list[int] | None:
     up[0] = -1
     return up
 
-# %% ../nbs/03_thoughts.ipynb #c62480b1
+# %% ../nbs/03_thoughts.ipynb #1e5b7ce2
 def _tree_of_regular(text: str, rows: _Regular) -> ThoughtTree:
     "The rows of a regular text as a tree."
     tree, up = ThoughtTree(), _regular_links(rows)
@@ -907,13 +908,13 @@ def _tree_of_regular(text: str, rows: _Regular) -> ThoughtTree:
     tree.text, tree._rows, tree._read, tree._up = text, rows, rows, up
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #24b89919
+# %% ../nbs/03_thoughts.ipynb #344da6d7
 def _plain_start(text: str, first: int) -> bool:
     "Whether nothing is to be said about what stands before the first header."
     if first > 0: (reader := _Reader(_TEXT)).head(text, first)
     return first == 0 or first > 0 and not reader.found
 
-# %% ../nbs/03_thoughts.ipynb #c0f61e8e
+# %% ../nbs/03_thoughts.ipynb #c99e9707
 def parse_thoughts(
     text: str, # a tree as it was printed, or anything else
 ) -> ThoughtTree: # TypeError if it is not a str; nothing else can go wrong
@@ -923,7 +924,7 @@ def parse_thoughts(
     if _plain_start(text, first) and (rows := _regular(text, first)): return _tree_of_regular(text, rows)
     return _carefully(text)
 
-# %% ../nbs/03_thoughts.ipynb #dfe262d5
+# %% ../nbs/03_thoughts.ipynb #451aeddb
 class ThoughtStream:
     "A reader that is fed in chunks."
     def __init__(self):
@@ -941,7 +942,7 @@ class ThoughtStream:
         "The undecided rest."
         return Span("node" if self._reader.began else "prefix", self._base, self._size, False) if self._size > self._base else None
 
-# %% ../nbs/03_thoughts.ipynb #4e46402b
+# %% ../nbs/03_thoughts.ipynb #199a2e43
 _LONGEST = sum(map(len, THOUGHT_TOKENS[:4])) + 2 * 64 # of a header
 
 @patch
@@ -954,7 +955,7 @@ def _take(self: ThoughtStream, chunk: str) -> bool: # whether a header ended in 
     if headers: self._past = origin + headers[-1]
     return bool(headers)
 
-# %% ../nbs/03_thoughts.ipynb #1a0bb5ec
+# %% ../nbs/03_thoughts.ipynb #612f991b
 @patch
 def _read(self: ThoughtStream, final: bool):
     text = "".join(self._rest)
@@ -971,7 +972,7 @@ def feed(self: ThoughtStream,
     if self._take(chunk): self._read(False)
     return self._reader.spans(done)
 
-# %% ../nbs/03_thoughts.ipynb #a3d2105b
+# %% ../nbs/03_thoughts.ipynb #98ae5826
 @patch
 def close(self: ThoughtStream) -> ThoughtTree: # equal to `parse_thoughts` of the whole text
     "The end of the text."
@@ -980,11 +981,11 @@ def close(self: ThoughtStream) -> ThoughtTree: # equal to `parse_thoughts` of th
     self._read(True)
     return _tree_of(self.text, self._reader)
 
-# %% ../nbs/03_thoughts.ipynb #79450d21
+# %% ../nbs/03_thoughts.ipynb #d81c7c63
 _LETTER = {m: chr(0xE000 + i) for i, m in enumerate(_MARKERS)} # a private character for each marker
 _BY_ID = _Grammar(_LETTER.get, "[^\ue000-\ue0ff]")
 
-# %% ../nbs/03_thoughts.ipynb #ae52f197
+# %% ../nbs/03_thoughts.ipynb #f50c4c11
 class TokenThought(NamedTuple):
     "A node in a sequence of tokens."
     place: Place # where it and its parts stand, in tokens
@@ -993,7 +994,7 @@ class TokenThought(NamedTuple):
     local_id: int | None # None: no integer, or no `decode`
     parent_id: int | None # the same
 
-# %% ../nbs/03_thoughts.ipynb #95adec9e
+# %% ../nbs/03_thoughts.ipynb #d226caf9
 def _marker_letters(token_ids: Mapping[str, int]) -> dict[int, str]:
     "Token id -> letter; ValueError for names that are unknown, missing or not distinct."
     given = {f"<{name.strip('<>')}>": int(i) for name, i in token_ids.items() if i is not None}
@@ -1003,7 +1004,7 @@ def _marker_letters(token_ids: Mapping[str, int]) -> dict[int, str]:
     if len(set(given.values())) < len(given): raise ValueError("token_ids gives one id to two markers")
     return {i: _LETTER[m] for m, i in given.items()}
 
-# %% ../nbs/03_thoughts.ipynb #d0c11522
+# %% ../nbs/03_thoughts.ipynb #422d14b9
 def _spelled(ids: np.ndarray, letters: dict[int, str]) -> str:
     "Token ids as a text of one character each."
     spelled = np.full(len(ids), ord("x"), "<u4")
@@ -1015,7 +1016,7 @@ _RATING_LETTERS = {_LETTER[m]: n for n, m in RATING_TOKENS.items()} | {_LETTER["
 def _letter_rating(printed: str) -> str | None: # a rating as it stands in such a text
     return _RATING_LETTERS.get(printed.strip()[1:-1]) if printed.endswith(_LETTER[_r]) else None
 
-# %% ../nbs/03_thoughts.ipynb #9d6ecdbd
+# %% ../nbs/03_thoughts.ipynb #620c22a4
 def parse_thought_ids(
     ids: Sequence[int], # token ids of the whole text: list, numpy array or 1-D tensor
     token_ids: Mapping[str, int], # marker -> id, for all of `THOUGHT_TOKENS`; others such as `<expansion>` or `<hint>` if they are one token
@@ -1029,7 +1030,7 @@ def parse_thought_ids(
     return [TokenThought(p, _TAGS.get(row[2], "expansion"), _letter_rating(row[4]), number(p.local), number(p.father))
         for p, row in zip(map(reader.place, range(len(reader))), reader.rows)]
 
-# %% ../nbs/03_thoughts.ipynb #ed280342
+# %% ../nbs/03_thoughts.ipynb #f736e83b
 @patch
 def _printed(self: ThoughtNode, tokens: Mapping[str, str] | bool | None) -> str:
     "The rating of a node as it is written."
@@ -1038,7 +1039,7 @@ def _printed(self: ThoughtNode, tokens: Mapping[str, str] | bool | None) -> str:
     if tokens in (None, True) and stood or self.rating is None: return stood
     return _R + (RATING_TOKENS if tokens in (None, True) else tokens)[self.rating] + _r
 
-# %% ../nbs/03_thoughts.ipynb #bd965870
+# %% ../nbs/03_thoughts.ipynb #0eb0a9c6
 @patch(as_prop=True)
 def _sep(self: ThoughtTree) -> str: return len(self) > 1 and self._cell(0, 5) or " "
 
@@ -1054,7 +1055,7 @@ def _whole(self: ThoughtNode, tokens: Mapping[str, str] | bool | None) -> str:
     father, local, tag, text, *_ = self.tree._rows[self.index]
     return "".join((_F, father, _f, _L, local, _l, _T, tag, text, _E, self._printed(tokens)))
 
-# %% ../nbs/03_thoughts.ipynb #1fe77c67
+# %% ../nbs/03_thoughts.ipynb #1a96c25e
 @patch
 def to_text(self: ThoughtTree,
     rating_tokens: Mapping[str, str] | bool | None = None, # None: as they stood; `RATING_TOKENS` or `RATING_WORDS`: all in that spelling; False: none
@@ -1067,7 +1068,7 @@ def to_text(self: ThoughtTree,
     if nodes is None and sep is None: return "".join(part for pair in zip(written, self._gaps) for part in pair)
     return (self._sep if sep is None else sep).join(written)
 
-# %% ../nbs/03_thoughts.ipynb #1ddc9721
+# %% ../nbs/03_thoughts.ipynb #d1182873
 _BREAKS = re.compile("|".join(map(re.escape, (_E, _R))) + f"|{_TEXT.header.pattern}")
 
 def _check_text(text: str, tag: str) -> None:
@@ -1077,7 +1078,7 @@ def _check_text(text: str, tag: str) -> None:
     if not tag and (found := _TEXT.tag.match(text)): raise ValueError(f"the thought begins with {found[0]!r}; say so with type={_TAGS[found[0]]!r}")
     if _TEXT.header.match(text.lstrip()): raise ValueError("the thought begins with a header")
 
-# %% ../nbs/03_thoughts.ipynb #8f0f8eea
+# %% ../nbs/03_thoughts.ipynb #1519dd2f
 @patch
 def _open_end(self: ThoughtTree):
     "Make room for a row more."
@@ -1093,7 +1094,7 @@ def _append(self: ThoughtTree, up: int, father: int | str, local: int | str, tex
     self._grow(up)
     return self.nodes[-1]
 
-# %% ../nbs/03_thoughts.ipynb #10a5ae93
+# %% ../nbs/03_thoughts.ipynb #f315e05a
 @patch
 def _grow(self: ThoughtTree, up: int):
     "Carry the lists of children and depths on, where they were made, for a last node below `up`."
@@ -1103,7 +1104,7 @@ def _grow(self: ThoughtTree, up: int):
     children.append([])
     if up >= 0: children[up].append(len(self) - 1)
 
-# %% ../nbs/03_thoughts.ipynb #470588cd
+# %% ../nbs/03_thoughts.ipynb #ac386335
 @patch(as_prop=True)
 def _holders(self: ThoughtTree) -> dict[int, int]: # number -> position of the last node that has it
     if "holders" not in self._cache: self._cache["holders"] = {n.local_id: n.index for n in self.nodes if n.local_id is not None}
@@ -1115,7 +1116,7 @@ def next_id(self: ThoughtTree) -> int: # one more than the largest number there 
     if "next" not in self._cache: self._cache["next"] = max(self._holders, default=-1) + 1
     return self._cache["next"]
 
-# %% ../nbs/03_thoughts.ipynb #e8dc1692
+# %% ../nbs/03_thoughts.ipynb #df69bfca
 @patch
 def _father_of_new(self: ThoughtTree, parent: ThoughtNode | int) -> ThoughtNode:
     "The node below which another is to be added; TypeError or ValueError if that cannot be."
@@ -1129,7 +1130,7 @@ def _one_of(what: str, given: str, known: Iterable[str]) -> str:
     if given not in known: raise ValueError(f"{what} {given!r} is unknown; choose one of {', '.join(known)}")
     return given
 
-# %% ../nbs/03_thoughts.ipynb #4cd2989d
+# %% ../nbs/03_thoughts.ipynb #79f98b34
 @patch
 def add(self: ThoughtTree,
     parent: ThoughtNode | int, # a node of this tree, or its position
@@ -1151,7 +1152,7 @@ def add(self: ThoughtTree,
     self._holders[node.local_id], self._cache["next"] = node.index, node.local_id + 1
     return node
 
-# %% ../nbs/03_thoughts.ipynb #8a3da6ed
+# %% ../nbs/03_thoughts.ipynb #02d5e862
 @patch(cls_method=True)
 def build(cls: ThoughtTree,
     problem: str, # text of the root
@@ -1163,7 +1164,7 @@ def build(cls: ThoughtTree,
     tree._append(-1, -1, 0, problem, "<problem>", "").value = value
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #b0febcbc
+# %% ../nbs/03_thoughts.ipynb #010bd877
 @patch
 def renumbered(self: ThoughtTree) -> ThoughtTree: # a copy; what was read is left behind
     "The same tree with positions for numbers, so that every number leads to its node."
@@ -1173,7 +1174,7 @@ def renumbered(self: ThoughtTree) -> ThoughtTree: # a copy; what was read is lef
     new._infos = {i: dict(info) for i, info in self._infos.items()}
     return new
 
-# %% ../nbs/03_thoughts.ipynb #f5b3537e
+# %% ../nbs/03_thoughts.ipynb #d7d71f77
 def _depth_first(todo: list[int], children: list[list[int]], post: bool) -> list[int]:
     "Positions in pre-order; in post-order, which is the reverse of pre-order with siblings reversed."
     out, todo = [], todo if post else todo[::-1]
@@ -1188,7 +1189,7 @@ def _levels(todo: list[int], children: list[list[int]]) -> Iterator[int]:
         yield from todo
         todo = [c for i in todo for c in children[i]]
 
-# %% ../nbs/03_thoughts.ipynb #d35655d7
+# %% ../nbs/03_thoughts.ipynb #2abfb85a
 @patch
 def walk(self: ThoughtTree,
     order: str = "pre", # "pre": parents first, depth first; "post": children first; "level": by depth; "text": as they stand
@@ -1202,7 +1203,7 @@ def walk(self: ThoughtTree,
     found = _depth_first(top, children, order == "post")
     return map(nodes.__getitem__, sorted(found) if order == "text" else found)
 
-# %% ../nbs/03_thoughts.ipynb #70e56614
+# %% ../nbs/03_thoughts.ipynb #337b79ac
 @patch
 def path(self: ThoughtTree,
     node: ThoughtNode, # a node of this tree
@@ -1214,7 +1215,7 @@ def path(self: ThoughtTree,
         i = self._up[i]
     return out[::-1]
 
-# %% ../nbs/03_thoughts.ipynb #396c91c9
+# %% ../nbs/03_thoughts.ipynb #b563c3e9
 @patch
 def subtree(self: ThoughtTree,
     node: ThoughtNode, # a node of this tree
@@ -1222,7 +1223,7 @@ def subtree(self: ThoughtTree,
     "A node and everything below it."
     return [*self.walk("pre", node)]
 
-# %% ../nbs/03_thoughts.ipynb #1dda5a28
+# %% ../nbs/03_thoughts.ipynb #8e9bf0a3
 def _path_means(tree: ThoughtTree) -> list[float]: # minus infinity where nothing is rated
     "Mean value of the rated nodes on the path to each node, without the root."
     total, rated = [0.0] * len(tree), [0] * len(tree)
@@ -1233,7 +1234,7 @@ def _path_means(tree: ThoughtTree) -> list[float]: # minus infinity where nothin
         total[i], rated[i] = total[up] + (value or 0), rated[up] + (value is not None)
     return [t / n if n else -math.inf for t, n in zip(total, rated)]
 
-# %% ../nbs/03_thoughts.ipynb #c3349d96
+# %% ../nbs/03_thoughts.ipynb #87c7d751
 @patch
 def best_path(self: ThoughtTree) -> list[ThoughtNode]: # from root to leaf; [] for an empty tree
     "The path with the greatest mean value; an unknown rating is not counted."
@@ -1242,7 +1243,7 @@ def best_path(self: ThoughtTree) -> list[ThoughtNode]: # from root to leaf; [] f
     best = max(ends, key=lambda n: (means[n.index], n.depth, -n.index), default=None)
     return self.path(best) if best else []
 
-# %% ../nbs/03_thoughts.ipynb #7f5a91fd
+# %% ../nbs/03_thoughts.ipynb #2d0120b8
 @patch
 def to_networkx(self: ThoughtTree): # networkx.DiGraph, edges from parent to child; ImportError if networkx is not there
     "The tree as a graph: positions as nodes, with their fields as attributes."
@@ -1254,7 +1255,7 @@ def to_networkx(self: ThoughtTree): # networkx.DiGraph, edges from parent to chi
     graph.add_edges_from((up, i) for i, up in enumerate(self._up) if up >= 0)
     return graph
 
-# %% ../nbs/03_thoughts.ipynb #e4a19886
+# %% ../nbs/03_thoughts.ipynb #eb95c88c
 _number = lambda v: v if v is None or math.isfinite(v) else str(v) # JSON has no infinity
 
 @patch
@@ -1265,7 +1266,7 @@ def _saved(self: ThoughtNode) -> dict:
         type=self.type, text=row[3], rating=self.rating, value=_number(self.value), hint=self.hint, complete=self.complete,
         info=self.tree._infos.get(self.index, {}), printed=list(row))
 
-# %% ../nbs/03_thoughts.ipynb #5b4ea9a3
+# %% ../nbs/03_thoughts.ipynb #f4e21364
 @patch
 def to_dict(self: ThoughtTree) -> dict: # `nodes`, a list of dicts, and `text`, that was read, or None
     "The tree as plain data that JSON can hold."
@@ -1276,14 +1277,14 @@ def to_json(self: ThoughtTree) -> str: # one line; ValueError for text that UTF-
     "The tree as a JSON object."
     return check_utf8(json.dumps(self.to_dict(), ensure_ascii=False), "the tree")
 
-# %% ../nbs/03_thoughts.ipynb #64127f92
+# %% ../nbs/03_thoughts.ipynb #40745a93
 def _position(parent: Any, size: int, i: int) -> int: # -1: no parent
     "The position of a saved parent; ValueError if it is none."
     if parent is None: return -1
     if isinstance(parent, int) and not isinstance(parent, bool) and 0 <= parent < size: return parent
     raise ValueError(f"node {i}: parent {parent!r} is no position in the tree")
 
-# %% ../nbs/03_thoughts.ipynb #9341cb1c
+# %% ../nbs/03_thoughts.ipynb #de542913
 def _row_of(d: Any, i: int, father: Any) -> tuple:
     "The row of a saved node; ValueError if it says something else than its fields."
     row = _row_by_hand(d, i, d.get("parent_id", father)) if d.get("printed") is None else d["printed"]
@@ -1297,7 +1298,7 @@ def _row_by_hand(d: Any, i: int, father: Any) -> list:
     rating = d.get("rating")
     return [father, d.get("local_id", i), tag, d["text"], _R + RATING_TOKENS[rating] + _r if rating in RATING_TOKENS else "", None]
 
-# %% ../nbs/03_thoughts.ipynb #eef857bb
+# %% ../nbs/03_thoughts.ipynb #99b3e43b
 @patch
 def _restore(self: ThoughtTree, nodes: list):
     "Take saved nodes for those of the text; ValueError if they are others, or no tree."
@@ -1307,7 +1308,7 @@ def _restore(self: ThoughtTree, nodes: list):
     if [row[:5] for row in self._rows[:len(known)]] != known: raise ValueError("the nodes are not those of the text that is saved with them")
     if len([*self.walk("level")]) != len(self): raise ValueError("some nodes are their own ancestors")
 
-# %% ../nbs/03_thoughts.ipynb #248bba92
+# %% ../nbs/03_thoughts.ipynb #56fae701
 @patch
 def _restore_node(self: ThoughtTree, i: int, d: Any, nodes: list):
     "Take the saved node `d` for the one at position `i`."
@@ -1320,7 +1321,7 @@ def _restore_node(self: ThoughtTree, i: int, d: Any, nodes: list):
         if d.get(name) not in (None, {}): to[i] = float(d[name]) if name == "value" else d[name]
     if not d.get("complete", True): self._open.add(i)
 
-# %% ../nbs/03_thoughts.ipynb #ab0b0ee0
+# %% ../nbs/03_thoughts.ipynb #9fbf528d
 @patch(cls_method=True)
 def from_dict(cls: ThoughtTree,
     data: Mapping[str, Any], # what `to_dict` gave, or a node of an upstream buffer with its children
@@ -1333,7 +1334,7 @@ def from_dict(cls: ThoughtTree,
     tree._restore(data["nodes"])
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #dc87640c
+# %% ../nbs/03_thoughts.ipynb #0899e6f9
 @patch(cls_method=True)
 def from_json(cls: ThoughtTree,
     line: str, # what `to_json` wrote
@@ -1341,7 +1342,7 @@ def from_json(cls: ThoughtTree,
     "The tree that `to_json` wrote."
     return cls.from_dict(json.loads(line))
 
-# %% ../nbs/03_thoughts.ipynb #9b02b8b4
+# %% ../nbs/03_thoughts.ipynb #49882f16
 UPSTREAM_KEYS = ("index", "state", "parent", "visits", "value", "policy_probs", "policy_entropy", "policy_varentropy",
     "policy_cal_ready_texts", "value_cal_ready_texts", "true_value_from_tree", "leaf_type", "rectify_visits", "original_value",
     "meta", "children") # of a node in a saved buffer
@@ -1355,7 +1356,7 @@ def _state(state: Any, i: int) -> tuple[str, str, dict]:
     tag = _TEXT.tag.match(state)
     return (tag[0], state[tag.end():], info) if tag else ("", state, info)
 
-# %% ../nbs/03_thoughts.ipynb #38290390
+# %% ../nbs/03_thoughts.ipynb #dc7e5f5a
 def _add_saved(tree: ThoughtTree, d: Any, up: int):
     "A node of a buffer, below position `up`."
     i = len(tree)
@@ -1367,7 +1368,7 @@ def _add_saved(tree: ThoughtTree, d: Any, up: int):
     info |= {k: v for k, v in d.items() if k not in ("index", "state", "parent", "value", "children")}
     if info: node.info.update(info)
 
-# %% ../nbs/03_thoughts.ipynb #4ca25721
+# %% ../nbs/03_thoughts.ipynb #b629bdb0
 def _from_upstream(data: Mapping[str, Any]) -> ThoughtTree:
     "A tree from nested objects with `UPSTREAM_KEYS`."
     tree, todo = ThoughtTree(), [(data, -1)]
@@ -1379,14 +1380,11 @@ def _from_upstream(data: Mapping[str, Any]) -> ThoughtTree:
         todo += [(c, len(tree) - 1) for c in reversed(below)]
     return tree
 
-# %% ../nbs/03_thoughts.ipynb #2acf2900
+# %% ../nbs/03_thoughts.ipynb #f26837b0
 register_codes("file", "info", {"other_file": "A file of a kind that is not read here, in a folder that is."})
 register_codes("file", "error", {"empty_folder": "The folder holds no file."})
 
-# %% ../nbs/03_thoughts.ipynb #cee35e5f
-register_codes("file", "info", {"other_file": "A file of a kind that is not read here, in a folder that is."})
-register_codes("file", "error", {"empty_folder": "The folder holds no file."})
-
+# %% ../nbs/03_thoughts.ipynb #710a09f2
 def _tree_of_row(row: Any, column: str) -> ThoughtTree:
     "A tree from one row; BadRow if it holds none."
     if isinstance(row, str): return parse_thoughts(row)
@@ -1399,14 +1397,14 @@ def _tree_of_row(row: Any, column: str) -> ThoughtTree:
     if not isinstance(row[column], str): raise BadRow("not_text", f"{column!r} is {row[column].__class__.__name__}, not text")
     return parse_thoughts(row[column])
 
-# %% ../nbs/03_thoughts.ipynb #be88a328
+# %% ../nbs/03_thoughts.ipynb #83a7404d
 def _text_rows(path: Path) -> Iterator[tuple[str, Callable]]:
     "The one row of a file of text."
     try: text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e: raise BadRow("not_utf8", f"not UTF-8 (byte 0x{e.object[e.start]:02x} at byte {e.start})") from None
     yield path.name, lambda: text
 
-# %% ../nbs/03_thoughts.ipynb #59015263
+# %% ../nbs/03_thoughts.ipynb #08370c88
 def _is_object(line: bytes) -> bool:
     "Whether a line is a JSON object."
     try: return isinstance(_decode(line), dict)
@@ -1422,7 +1420,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Callable]]:
         with path.open("rb") as file: yield from [*_json_lines(file, path.name)]
     else: yield from ((f"{path.name}[{i}]", lambda row=row: row) for i, row in enumerate(found if isinstance(found, list) else [found]))
 
-# %% ../nbs/03_thoughts.ipynb #56fe030c
+# %% ../nbs/03_thoughts.ipynb #59981386
 _PACKED = (".gz", ".parquet", ".arrow") # read as `load_traces` reads them
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Callable]]:
@@ -1436,7 +1434,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Callable]]:
     else:
         with path.open("rb") as file: yield from _json_lines(file, path.name)
 
-# %% ../nbs/03_thoughts.ipynb #1042d6c7
+# %% ../nbs/03_thoughts.ipynb #b96e2a28
 def _read_trees(file: Path, name: str, column: str, trees: list, issues: list):
     "Add the trees of one file, and what could not be read of it."
     try:
@@ -1445,7 +1443,7 @@ def _read_trees(file: Path, name: str, column: str, trees: list, issues: list):
             except BadRow as e: issues.append(Unreadable(name + where.removeprefix(file.name), e.code, str(e)))
     except BadRow as e: issues.append(Unreadable(name, e.code, str(e)))
 
-# %% ../nbs/03_thoughts.ipynb #a0919841
+# %% ../nbs/03_thoughts.ipynb #7a7c5702
 _KINDS = (".txt", ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", *_PACKED[1:]) # how names of files end
 
 def read_trees(
@@ -1463,7 +1461,7 @@ def read_trees(
         else: _read_trees(file, name, column, trees, issues)
     return trees, issues
 
-# %% ../nbs/03_thoughts.ipynb #cd868699
+# %% ../nbs/03_thoughts.ipynb #be25aac0
 _COLOURS = dict(positive="#0072B2", negative="#D55E00", unknown="#F0E442") | {None: "#FFFFFF"} # apart for the colour-blind too (Okabe and Ito)
 _SHAPES = dict(problem="s", expansion="o", critic="^", refine="D", conclusion="*") # of matplotlib
 _SIGNS = dict(positive="+", negative="−", unknown="?") | {None: " "}
@@ -1473,7 +1471,7 @@ def _nested(tree: ThoughtTree, limit: int, deepest: int) -> tuple[list[tuple[Tho
     shown = [(n, d) for n in islice(tree.walk("pre"), 20 * limit) if (d := n.depth) <= deepest][:limit]
     return shown, len(tree) - len(shown)
 
-# %% ../nbs/03_thoughts.ipynb #0377f2d5
+# %% ../nbs/03_thoughts.ipynb #cc767684
 _BOX = "display:inline-block;width:1.2em;text-align:center;border:1px solid #888;color:#000;background:"
 
 def _node_html(node: ThoughtNode) -> str:
@@ -1484,14 +1482,14 @@ def _node_html(node: ThoughtNode) -> str:
     said = f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{escape(text)}</span>'
     return f'{box} <b>{node.index}</b> {node.type}{value} {said}'
 
-# %% ../nbs/03_thoughts.ipynb #effec77d
+# %% ../nbs/03_thoughts.ipynb #a6a2af20
 def _issues_html(issues: list[Issue], limit: int = 20) -> str:
     "The first issues, a line each."
     lines = [f"<p><code>{i.code}</code> at {i.start:,}: {escape(i.message)}</p>" for i in issues[:limit]]
     if len(issues) > limit: lines.append(f"<p>{len(issues) - limit:,} issues more</p>")
     return "".join(lines)
 
-# %% ../nbs/03_thoughts.ipynb #4017e014
+# %% ../nbs/03_thoughts.ipynb #c038ce54
 @patch
 def _repr_html_(self: ThoughtTree, limit: int = 200, deepest: int = 60) -> str:
     shown, more = _nested(self, limit, deepest)
@@ -1502,7 +1500,7 @@ def _repr_html_(self: ThoughtTree, limit: int = 200, deepest: int = 60) -> str:
         level = depth
     return "".join(out) + "</div></details>" * (level + 1) + (f"<p>{_count(more, 'node')} more not shown.</p>" if more else "")
 
-# %% ../nbs/03_thoughts.ipynb #08918623
+# %% ../nbs/03_thoughts.ipynb #fcee8b15
 def _line(node: ThoughtNode, width: int): # rich.text.Text
     "A node for a terminal, its text at most `width` characters long."
     from rich.text import Text
@@ -1511,7 +1509,7 @@ def _line(node: ThoughtNode, width: int): # rich.text.Text
     line.append(" " + " ".join(visible(_short(node.text.strip(), width)).split()), style="")
     return line
 
-# %% ../nbs/03_thoughts.ipynb #cf4c365a
+# %% ../nbs/03_thoughts.ipynb #d7f514a7
 @patch
 def to_rich(self: ThoughtTree,
     limit: int = 200, # nodes at most
@@ -1528,7 +1526,7 @@ def to_rich(self: ThoughtTree,
     if more: top.add(Text(f"{_count(more, 'node')} more not shown"))
     return top
 
-# %% ../nbs/03_thoughts.ipynb #5b256d06
+# %% ../nbs/03_thoughts.ipynb #1bc78dc8
 @patch
 def show(self: ThoughtTree,
     console: Any = None, # a rich Console; None: the terminal
@@ -1538,7 +1536,7 @@ def show(self: ThoughtTree,
     from rich.console import Console
     (console or Console()).print(self.to_rich(**options))
 
-# %% ../nbs/03_thoughts.ipynb #5860a02a
+# %% ../nbs/03_thoughts.ipynb #1c88190e
 def _columns(tree: ThoughtTree, kept: set[int]) -> dict[int, float]:
     "Where each node that is kept stands from left to right."
     x, right = {}, 0
@@ -1548,7 +1546,7 @@ def _columns(tree: ThoughtTree, kept: set[int]) -> dict[int, float]:
         x[node.index], right = ((below[0] + below[-1]) / 2, right) if below else (right, right + 1)
     return x
 
-# %% ../nbs/03_thoughts.ipynb #1d5f12c0
+# %% ../nbs/03_thoughts.ipynb #e6675653
 def _edges(tree: ThoughtTree, x: dict[int, float], kept: list[ThoughtNode]) -> tuple[list, list]:
     "Coordinates of all edges; None breaks the line."
     pairs = [(tree._up[n.index], n) for n in kept if tree._up[n.index] in x]
@@ -1562,7 +1560,7 @@ def _draw_nodes(ax, kept: list[ThoughtNode], x: dict[int, float], size: float):
         ax.scatter([x[n.index] for n in some], [n.depth for n in some], s=size * (1.8 if shape == "*" else 1), marker=shape,
             c=[_COLOURS[n.rating] for n in some], edgecolors="#333333", linewidths=.7, zorder=2)
 
-# %% ../nbs/03_thoughts.ipynb #14bf9529
+# %% ../nbs/03_thoughts.ipynb #b505ce9e
 def _legend(kept: list[ThoughtNode]) -> list: # headings are entries without a mark
     "Entries for the types and the ratings that there are."
     from matplotlib.lines import Line2D
@@ -1571,7 +1569,7 @@ def _legend(kept: list[ThoughtNode]) -> list: # headings are entries without a m
     return [mark("type"), *(mark(kind, shape) for kind, shape in _SHAPES.items() if kind in types),
         mark("rating"), *(mark(name or "not rated", "o", colour) for name, colour in _COLOURS.items() if name in ratings)]
 
-# %% ../nbs/03_thoughts.ipynb #76391114
+# %% ../nbs/03_thoughts.ipynb #a5131cb9
 def _axes(n: int, wide: float, deep: int) -> tuple: # figure, its axes, area of a mark
     "An empty drawing for `n` nodes in so many columns and rows."
     import matplotlib.pyplot as plt
@@ -1581,7 +1579,7 @@ def _axes(n: int, wide: float, deep: int) -> tuple: # figure, its axes, area of 
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     return fig, ax, 90 if n <= 60 else 45 if n <= 200 else 20
 
-# %% ../nbs/03_thoughts.ipynb #33c08c12
+# %% ../nbs/03_thoughts.ipynb #fa8f83e0
 @patch
 def plot(self: ThoughtTree,
     limit: int = 400, # nodes at most, the upper ones first; the title says how many are left out
@@ -1599,5 +1597,5 @@ def plot(self: ThoughtTree,
     ax.legend(handles=_legend(kept), frameon=False, loc="center left", bbox_to_anchor=(1, .5), fontsize="small")
     return fig
 
-# %% ../nbs/03_thoughts.ipynb #22cd4861
+# %% ../nbs/03_thoughts.ipynb #d3473669
 READERS["thoughts"] = (lambda text: _F in text and _TEXT.header.search(text) is not None, lambda text: parse_thoughts(text).trace)
