@@ -412,7 +412,15 @@ def test_the_tokens():
 
 def test_every_code_of_the_table_is_registered():
     assert TABLE | FILE_CODES <= set(CODES)
-    assert CODES["root_rated"].severity == "info"
+
+
+def test_severities():
+    "Codes of trees are warnings but for three, which are usual in what the code writes; those of files are errors."
+    info = {"root_rated", "empty_thought", "hint_between_nodes"}
+    ours = {code for code, known in CODES.items() if known.group == "thoughts"}
+    assert TABLE <= ours
+    for code in ours: assert CODES[code].severity == ("info" if code in info else "warn"), code
+    for code in FILE_CODES: assert CODES[code].severity == "error", code
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n", "\x00"])
