@@ -459,7 +459,7 @@ def test_undefined_is_none_with_a_reason(reason):
     assert row["rankme"] is row["alpha"] is row["trace"] is row["rankme_norm"] is None and set(row["reason"].values()) == {reason}
     assert json.loads(json.dumps(row, allow_nan=False))["n_rows"] == len(Z)
     assert explain_conventions(Z).rows[0]["rankme"] is None and explain_conventions(Z).rows[0]["why"] == reason
-    plot_spectrum(Z)
+    plot_spectrum({"$\\frac": Z, "x": np.eye(20)}).canvas.draw()
     if "finite" not in reason and Z.shape[1]:
         for kind in (Moments, TriangularMoments): assert kind().update(Z).spectrum().reason == reason and kind().update(Z[:1]).update(Z[1:]).spectrum().reason == reason
 
@@ -550,7 +550,9 @@ def test_explanation():
         p = PRESETS[r["preset"]]
         assert r["rankme"] == (None if p.weights is None else pytest.approx(float(rankme(Z, p.name)), rel=1e-12))
         assert r["alpha"] == (None if p.fit is None else pytest.approx(float(alpha_req(Z, p.name)), rel=1e-12))
-        if r["why"] and p.weights: assert r["why"].endswith(f"{r['rankme']:.5g}")  # the walk ends at the value
+        walk, _, ranks = (r["why"] or "").partition("ranks ")
+        if walk: assert walk.rstrip("; ").endswith(f"{r['rankme']:.5g}")  # the walk ends at the value
+        assert ranks == "" if p.fit in (None, (12, 100)) else ranks.endswith(f"{r['alpha']:.5g}")
     evil = explain_conventions(Z, [Preset("<script>\x1b[31m", True, "sigma")])
     assert "<script>" not in evil._repr_html_() and "\x1b" not in repr(evil) and "\x1b" not in evil._repr_html_()
     with pytest.raises(ValueError, match="unknown"): explain_conventions(Z, ["nobody"])
