@@ -23,7 +23,7 @@ from .trace import visible
 from .stats import _COLOURS, _axes, _label
 
 # %% auto #0
-__all__ = ['EPS', 'PRESETS', 'Spectrum', 'spectrum', 'Conventions', 'Metric', 'UndefinedMetric', 'stable_rank', 'participation_ratio', 'effective_rank', 'top1_share', 'n90', 'n99', 'mean_norm2_share', 'Preset', 'rankme', 'AlphaFit', 'alpha_req', 'plot_spectrum', 'Explanation', 'explain_conventions', 'isotropic_null', 'anisotropy', 'prompt_entropy', 'lidar', 'metrics_row', 'Moments', 'union', 'between_share', 'FastPathRefused', 'TriangularMoments', 'save_moments', 'load_moments', 'splitmix64', 'row_keys', 'group_of', 'BottomK', 'Interval', 'jackknife']
+__all__ = ['EPS', 'PRESETS', 'Spectrum', 'spectrum', 'Conventions', 'Metric', 'UndefinedMetric', 'stable_rank', 'participation_ratio', 'effective_rank', 'top1_share', 'n90', 'n99', 'mean_norm2_share', 'Preset', 'rankme', 'AlphaFit', 'alpha_req', 'plot_spectrum', 'Explanation', 'explain_conventions', 'isotropic_null', 'anisotropy', 'prompt_entropy', 'lidar', 'metrics_row', 'Moments', 'union', 'between_share', 'FastPathRefused', 'TriangularMoments', 'save_moments', 'load_moments', 'splitmix64', 'row_keys', 'group_of', 'BottomK', 'Interval', 'jackknife', 'METRICS', 'sensitivity', 'metrics_schema', 'spectral_metrics', 'SpectralMetrics', 'load_metrics', 'load_models', 'metrics_table', 'compare_models', 'plot_categories', 'plot_depth', 'plot_sweep', 'plot_cells', 'plot_spectra']
 
 # %% ../nbs/14_spectral.ipynb #80b3e64b
 def _rows(Z: Any) -> tuple[torch.Tensor, str]: # the rows [n, d] where they are, and the name of their dtype
@@ -655,6 +655,11 @@ def _centred_chunk(part: torch.Tensor, spare: int = 1) -> tuple[torch.Tensor, to
     rows -= mean
     return first + mean, A
 
+def _square(A: torch.Tensor) -> torch.Tensor: # AᵀA
+    "A product that is symmetric: numpy sees it, computes one half and copies it."
+    if A.device.type != "cpu": return A.T @ A
+    return torch.from_numpy((a := A.numpy()).T @ a)
+
 # %% ../nbs/14a_moments.ipynb #6c45212d
 def _incoming(self: Any, block: Any) -> torch.Tensor: # the rows on the device of the state; ValueError for what cannot be added
     "Check a block against a state, and begin the state if it is new."
@@ -681,7 +686,7 @@ def update(self: Moments,
             mean, A = _centred_chunk(part)
             n, D = self.n + len(part), mean - self.mean
             A[-1] = D * math.sqrt(self.n * len(part) / n)
-            self.M2.addmm_(A.T, A)
+            self.M2 += _square(A)
             self.mean, self.n = (self.mean + D * (len(part) / n) if self.n else mean), n
     return self
 
@@ -1131,3 +1136,1042 @@ def _interval(value: float | None, rest: Sequence[float | None], level: float, r
     se = math.sqrt((G - 1) / G * sum((x - sum(rest) / G) ** 2 for x in rest))
     half = _t_quantile(G - 1, level) * se
     return Interval(value, value - half, value + half, se, G)
+
+# %% ../nbs/14b_cells.ipynb #0fb0b14d
+import shutil
+import time
+from collections import Counter
+from dataclasses import field
+from importlib.metadata import version
+from importlib.resources import files
+from tempfile import TemporaryDirectory
+from typing import Collection
+
+import pyarrow as pa
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from .extract import HiddenStates, _differences, _folder_name, _strict_json, extract_hidden_states
+
+# %% ../nbs/14b_cells.ipynb #5602b41a
+def _text(x: Any) -> str: return str(x).encode("utf-8", "backslashreplace").decode()
+
+def _names_of(samples: Sequence[Mapping]) -> list[str]:
+    "A name for each sample, from which its rows are drawn: its id, or its number; of several alike the later ones get a number."
+    seen, out = Counter(), []
+    for i, s in enumerate(samples):
+        name = str(i) if s.get("id") is None else _text(s["id"])
+        seen[name] += 1
+        out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return out
+
+# %% ../nbs/14b_cells.ipynb #b5c529bf
+def _sizes_of(hs: HiddenStates, offset: np.ndarray, reach: np.ndarray) -> np.ndarray: # int64, tokens of each sample
+    "What the index says, if it can be right; else the room up to the next sample."
+    order, room = np.lexsort((reach, offset)), np.zeros(len(offset), np.int64)
+    room[order] = np.append(offset[order][1:], hs.num_tokens) - offset[order]
+    said = [s.get("num_tokens") for s in hs.samples]
+    good = all(type(n) is int and 0 <= n <= hs.num_tokens for n in said)
+    return np.array(said, np.int64) if good and ((reach <= said) & (said <= room)).all() else room
+
+def _coded(values: Sequence[str | None]) -> tuple[list[str], np.ndarray]: # sorted labels; number of each value's label, -1 for None
+    labels = sorted({v for v in values if v is not None})
+    number = {v: i for i, v in enumerate(labels)} | {None: -1}
+    return labels, np.array([number[v] for v in values], np.int64)
+
+# %% ../nbs/14b_cells.ipynb #eaa17875
+class _Steps(NamedTuple):
+    "The steps of a folder that have tokens, as columns; and what was left out."
+    names: list[str] # of samples
+    offset: np.ndarray # int64 [samples], first row
+    size: np.ndarray # int64 [samples], tokens
+    sample: np.ndarray # int64 [steps]
+    number: np.ndarray # of the step in its sample
+    start: np.ndarray # token of the sample
+    end: np.ndarray # likewise, after the last
+    labels: dict[str, list[str]] # segments, macro, micro
+    code: dict[str, np.ndarray] # the same names: label of each step, -1: none
+    empty: int # steps without a token
+    unannotated: int # tokens of the folder in no step
+
+# %% ../nbs/14b_cells.ipynb #603919ff
+def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
+    "How many of the rows [0, total) lie in none of the ranges [a, b), which may overlap."
+    order = np.argsort(a, kind="stable")
+    a, b = a[order], b[order]
+    before = np.concatenate([[0], np.maximum.accumulate(b)[:-1]]) if len(b) else b
+    return total - int(np.maximum(b - np.maximum(a, before), 0).sum())
+
+def _label_of(step: Mapping, *keys: str) -> str | None: # the first that is there
+    return next((_text(step[k]) for k in keys if step.get(k) is not None), None)
+
+# %% ../nbs/14b_cells.ipynb #676c8f58
+def _read_steps(hs: HiddenStates) -> _Steps:
+    "The index as columns."
+    steps = [s for x in hs.samples for s in x["steps"]]
+    counts = np.array([len(x["steps"]) for x in hs.samples], np.int64)
+    sample, number = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts] or [counts])
+    start, end = (np.array([s[k] for s in steps], np.int64) for k in ("token_start", "token_end"))
+    offset, reach = np.array([x["global_offset"] for x in hs.samples], np.int64), np.zeros(len(counts), np.int64)
+    np.maximum.at(reach, sample, end)
+    label = dict(segments=[_label_of(s, "segment") for s in steps], macro=[_label_of(s, "macro", "category") or "unlabelled" for s in steps], micro=[_label_of(s, "category") for s in steps])
+    coded, full = {k: _coded(v) for k, v in label.items()}, end > start
+    left_out = dict(empty=int((~full).sum()), unannotated=_uncovered(offset[sample] + start, offset[sample] + end, hs.num_tokens))
+    return _Steps(_names_of(hs.samples), offset, _sizes_of(hs, offset, reach), sample[full], number[full], start[full], end[full], {k: v[0] for k, v in coded.items()}, {k: v[1][full] for k, v in coded.items()}, **left_out)
+
+# %% ../nbs/14b_cells.ipynb #20a9e2ae
+class _Pieces(NamedTuple):
+    "Consecutive rows that belong to the same groups."
+    step: np.ndarray # int64
+    first: np.ndarray # token of the sample; for pooled rows the number of the step in it
+    n: np.ndarray # rows
+    bin: np.ndarray # depth
+
+def _token_pieces(s: _Steps, bins: int) -> _Pieces:
+    "The tokens of all steps, cut where a bin ends."
+    T = s.size[s.sample]
+    low, high = bins * (2 * s.start + 1) // (2 * T), bins * (2 * s.end - 1) // (2 * T)
+    step = np.repeat(np.arange(len(T)), high - low + 1)
+    bin = np.arange(len(step)) - np.repeat(np.cumsum(high - low + 1) - (high - low + 1), high - low + 1) + low[step]
+    edge = lambda b: -((bins - 2 * T[step] * b) // (2 * bins)) # first token of a bin
+    a, b = np.maximum(s.start[step], edge(bin)), np.minimum(s.end[step], edge(bin + 1))
+    return _Pieces(*(x[b > a] for x in (step, a, b - a, bin)))
+
+def _pooled_pieces(s: _Steps, bins: int) -> _Pieces:
+    "One row a step."
+    return _Pieces(np.arange(len(s.start)), s.number, np.ones(len(s.start), np.int64), np.minimum(bins - 1, bins * (s.start + s.end) // (2 * s.size[s.sample])))
+
+# %% ../nbs/14b_cells.ipynb #ee1c0218
+class _Groups(NamedTuple):
+    "Who belongs to what."
+    keys: list[str] # of groups
+    of: np.ndarray # int64 [pieces, kinds]: a group of each kind, -1: none
+    rows: np.ndarray # int64 [groups]
+    steps: np.ndarray # likewise
+    traces: np.ndarray # likewise
+    kinds: dict[str, int] # column of each kind
+
+def _kinds(s: _Steps, p: _Pieces, by: str, bins: int) -> dict[str, tuple[list[str], np.ndarray]]: # kind -> (keys, number of the key for each piece)
+    code = {k: v[p.step] for k, v in s.code.items()}
+    out = {"global": (["global"], np.zeros(len(p.n), np.int64))}
+    for kind in ("segments", "macro", "micro")[:3 if by == "category" else 2]: out[kind] = [f"{kind}/{x}" for x in s.labels[kind]], code[kind]
+    out["bins"] = [f"bins/{b}" for b in range(bins)], p.bin
+    return out | dict(cells=([f"bins/{b}/macro/{x}" for b in range(bins) for x in s.labels["macro"]], p.bin * len(s.labels["macro"]) + code["macro"]))
+
+# %% ../nbs/14b_cells.ipynb #58a13948
+def _count(of: np.ndarray, n: int, members: np.ndarray | None = None, rows: np.ndarray | None = None) -> np.ndarray: # int64 [n]
+    "Rows of each group, or how many different members its pieces have."
+    out = np.zeros(n, np.int64)
+    for column in of.T:
+        c = column[column >= 0]
+        if members is None: np.add.at(out, c, rows[column >= 0]); continue
+        m = members[column >= 0]
+        c = np.unique(c * (m.max(initial=0) + 1) + m) // (m.max(initial=0) + 1)
+        out += np.bincount(c, minlength=n)
+    return out
+
+def _group(s: _Steps, p: _Pieces, by: str, bins: int) -> _Groups:
+    "All groups of the pieces."
+    kinds, keys, columns = _kinds(s, p, by, bins), [], []
+    for names, code in kinds.values():
+        columns.append(np.where(code >= 0, len(keys) + code, -1))
+        keys += names
+    of, n = np.stack(columns, 1), len(keys)
+    return _Groups(keys, of, _count(of, n, rows=p.n), _count(of, n, p.step), _count(of, n, s.sample[p.step]), {k: i for i, k in enumerate(kinds)})
+
+# %% ../nbs/14b_cells.ipynb #73e4e9c5
+class _Drawn(NamedTuple):
+    "Rows of a group in the order in which they are drawn."
+    rows: np.ndarray # int64: rows of the folder; for pooled rows the step
+    upto: np.ndarray # int64 [units + 1]: how many rows the first so many units have
+    units: int # how many there are in the group, drawn or not
+
+def _portions_of(n: np.ndarray, most: int) -> Iterator[tuple[int, int]]: # pieces [a, b) with about so many rows
+    ends, a = np.cumsum(n), 0
+    while a < len(n):
+        b = max(a + 1, int(np.searchsorted(ends, (ends[a - 1] if a else 0) + most, "right")))
+        yield a, b
+        a = b
+
+# %% ../nbs/14b_cells.ipynb #3db2469b
+def _expand(s: _Steps, p: _Pieces, a: int, b: int, pooled: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # piece, place in the sample and row, of each row of the pieces [a, b)
+    piece = np.repeat(np.arange(a, b), p.n[a:b])
+    place = p.first[piece] + np.arange(len(piece)) - np.repeat(np.cumsum(p.n[a:b]) - p.n[a:b], p.n[a:b])
+    return piece, place, p.step[piece] if pooled else s.offset[s.sample[p.step[piece]]] + place
+
+def _name_keys(s: _Steps, seed: int) -> tuple[np.ndarray, np.ndarray]: # uint64 key and rank of each sample's name
+    rank = np.empty(len(s.names), np.int64)
+    rank[np.array(sorted(range(len(s.names)), key=s.names.__getitem__), np.int64)] = np.arange(len(s.names))
+    return np.array([_name_key(seed, x) for x in s.names], np.uint64), rank
+
+# %% ../nbs/14b_cells.ipynb #8dd1fc7e
+def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, seed: int, pooled: bool) -> dict[int, _Drawn]:
+    "The k rows of each group with the smallest keys; ties by name and place."
+    names, rank = _name_keys(s, seed)
+    kept, bar, total = [np.empty(0, t) for t in (np.int64, np.uint64, np.int64, np.int64, np.int64)], np.full(groups, 2 ** 64 - 1, np.uint64), np.zeros(groups, np.int64)
+    for a, b in _portions_of(p.n, 1 << 20):
+        piece, place, row = _expand(s, p, a, b, pooled)
+        sample, group = s.sample[p.step[piece]], column[piece]
+        key = splitmix64(names[sample] ^ place.astype(np.uint64))
+        total += np.bincount(group[group >= 0], minlength=groups)
+        good = (group >= 0) & (key <= bar[group])
+        kept = [np.concatenate([old, new[good]]) for old, new in zip(kept, (group, key, rank[sample], place, row))]
+        order = np.lexsort((kept[3], kept[2], kept[1], kept[0]))
+        at = np.arange(len(order)) - np.searchsorted(kept[0][order], kept[0][order]) # place within the group
+        kept = [x[order[at < k]] for x in kept]
+        last = at[at < k] == k - 1
+        bar[kept[0][last]] = kept[1][last]
+    return {g: _Drawn(r := kept[4][kept[0] == g], np.arange(len(r) + 1), int(total[g])) for g in np.unique(kept[0]).tolist()}
+
+# %% ../nbs/14b_cells.ipynb #eb10a419
+def _draw_traces(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, seed: int, pooled: bool) -> dict[int, _Drawn]:
+    "All rows of the k traces of each group with the smallest keys."
+    names, rank = _name_keys(s, seed)
+    sample, key, out = s.sample[p.step], splitmix64(names), {}
+    for g in np.unique(column[column >= 0]).tolist():
+        mine = np.flatnonzero(column == g)
+        traces = np.unique(sample[mine])
+        traces = traces[np.lexsort((rank[traces], key[traces]))]
+        at = np.full(len(s.names), len(traces))
+        at[traces] = np.arange(len(traces))
+        mine = mine[np.argsort(at[sample[mine]], kind="stable")]
+        mine = mine[at[sample[mine]] < k]
+        part = _Pieces(*(x[mine] for x in p))
+        rows = _expand(s, part, 0, len(mine), pooled)[2]
+        out[g] = _Drawn(rows, np.concatenate([[0], np.cumsum(np.bincount(at[sample[mine]], part.n, min(k, len(traces))).astype(np.int64))]), len(traces))
+    return out
+
+# %% ../nbs/14b_cells.ipynb #bce0fc9e
+_WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64} # integers of the size of a number
+
+class _Store:
+    "Rows in a file, written and read by their number."
+    def __init__(self, path: Path, n: int, d: int, dtype: torch.dtype):
+        self.dtype, word = dtype, np.dtype(_WORDS[dtype.itemsize])
+        there = path.exists() and path.stat().st_size == max(n * d, 1) * word.itemsize
+        self.words = np.memmap(path, word, "r+" if there else "w+", shape=(n, d) if n * d else (1,))
+    def put(self, at: np.ndarray, rows: torch.Tensor) -> None: self.words[at] = rows.contiguous().view(getattr(torch, self.words.dtype.name)).numpy()
+    def get(self, at: np.ndarray) -> torch.Tensor: return torch.from_numpy(self.words[at]).view(self.dtype)
+    def flush(self) -> None: self.words.flush()
+
+# %% ../nbs/14b_cells.ipynb #223ad24f
+@dataclass
+class _Solved:
+    "A group, when all its rows have come."
+    centered: Spectrum
+    uncentered: Spectrum | None = None
+    within: float = 0. # tr M2
+    mean: np.ndarray | None = None # float64 [d]; None without rows
+    ci: dict | None = None # metric -> [lo, hi] or a reason
+
+    def save(self, path: Path) -> None:
+        spectra = [s for s in (self.centered, self.uncentered) if s is not None]
+        said = [{k: getattr(s, k) for k in ("n", "d", "centered", "method", "floor", "dtype", "mean_norm", "reason", "note")} for s in spectra]
+        _save_bytes(path, lambda f: np.savez(f, said=np.array(json.dumps(dict(spectra=said, within=self.within, ci=self.ci))), mean=np.empty(0) if self.mean is None else self.mean, **{f"s{i}": s.sigma for i, s in enumerate(spectra)}))
+
+# %% ../nbs/14b_cells.ipynb #3e67b7b0
+def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open file
+    "A file, whole or not at all."
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+def _load_solved(path: Path) -> _Solved:
+    with np.load(path, allow_pickle=False) as f:
+        said = json.loads(str(f["said"]))
+        spectra = [Spectrum(f[f"s{i}"], **about) for i, about in enumerate(said["spectra"])]
+        return _Solved(spectra[0], (spectra + [None])[1], said["within"], f["mean"] if len(f["mean"]) else None, said["ci"])
+
+# %% ../nbs/14b_cells.ipynb #17fb6008
+@dataclass
+class _Pool:
+    "The plan for one pooling."
+    name: str # all, mean, first, last
+    pieces: _Pieces
+    groups: _Groups
+    drawn: dict[tuple[int, int], _Drawn] = field(default_factory=dict) # (group, seed): for the sweep
+    checked: dict[int, _Drawn] = field(default_factory=dict) # group: for svd_vs_covariance and the sensitivity
+    solved: dict[int, _Solved] = field(default_factory=dict)
+    parts: dict[int, dict[int, Moments]] = field(default_factory=dict) # group -> group of traces -> moments, for intervals
+    counts: tuple[int, ...] = () # of the sweep
+    matched: int = 0 # units in the smallest category that has any
+
+# %% ../nbs/14b_cells.ipynb #77207cf0
+@dataclass
+class _Work:
+    "One run: where it reads, where it writes, and its options."
+    hs: HiddenStates
+    steps: _Steps
+    folder: Path # that is written
+    o: dict # options
+    device: torch.device
+    pools: dict[str, _Pool] = field(default_factory=dict)
+    wanted: np.ndarray | None = None # int64, sorted: rows of the folder that go to the store
+    rows: _Store | None = None
+    sums: _Store | None = None # float64, one for each piece of tokens
+    trace_group: np.ndarray | None = None # of each sample, for intervals
+    triangles: dict[int, TriangularMoments] = field(default_factory=dict) # of groups, with svd_rows="all"
+
+    @property
+    def d(self) -> int: return self.hs.hidden_dim
+    @property
+    def work(self) -> Path: return self.folder/".work"
+
+# %% ../nbs/14b_cells.ipynb #48cd6c6c
+def _counts_for(work: _Work, pool: _Pool) -> tuple[tuple[int, ...], int]: # counts, matched count
+    g = pool.groups
+    units = g.traces if work.o["unit"] == "trace" else g.rows
+    sizes = [int(units[g.keys.index(f"macro/{x}")]) for x in work.steps.labels["macro"]]
+    matched, most = min((n for n in sizes if n), default=0), int(units[0])
+    if work.o["counts"] is not None: return tuple(work.o["counts"]), matched
+    limit = min(most, 8 * work.d if work.o["unit"] == "token" else max(1, 16 * work.d * most // max(int(g.rows[0]), 1)))
+    some = {c for c in (4 ** k for k in range(20)) if (64 if work.o["unit"] == "token" else 4) <= c <= limit}
+    return tuple(sorted(some | ({matched} if 2 <= matched <= limit else set()))), matched
+
+# %% ../nbs/14b_cells.ipynb #73af3936
+def _plan_pool(work: _Work, name: str) -> _Pool:
+    "Pieces, groups and draws of a pooling."
+    s, o = work.steps, work.o
+    p = (_token_pieces if name == "all" else _pooled_pieces)(s, o["n_bins"])
+    pool = _Pool(name, p, _group(s, p, o["groups"], o["n_bins"]))
+    pool.counts, pool.matched = _counts_for(work, pool)
+    g, draw = pool.groups, _draw_traces if o["unit"] == "trace" else _draw_rows
+    for kind in ("global", "macro"):
+        for seed in o["seeds"] if pool.counts else ():
+            pool.drawn |= {(i, seed): d for i, d in draw(s, p, g.of[:, g.kinds[kind]], len(g.keys), max(pool.counts), seed, name != "all").items()}
+    for kind in sorted({"global", *o["svd"]}): pool.checked |= _draw_rows(s, p, g.of[:, g.kinds[kind]], len(g.keys), _svd_rows(work), min(o["seeds"], default=0), name != "all")
+    return pool
+
+def _svd_rows(work: _Work) -> int: return 2 * work.d if not isinstance(work.o["svd_rows"], int) else work.o["svd_rows"]
+
+# %% ../nbs/14b_cells.ipynb #86bff77e
+def _thin(work: _Work, g: _Groups) -> np.ndarray: # bool [groups]
+    return g.rows <= work.d
+
+def _rows_of(work: _Work, pool: _Pool, group: int) -> np.ndarray: # int64, in the order of the index
+    "References to all rows of a group."
+    g, p = pool.groups, pool.pieces
+    mine = _Pieces(*(x[(g.of == group).any(1)] for x in p))
+    return _expand(work.steps, mine, 0, len(mine.n), pool.name != "all")[2]
+
+def _plan(work: _Work) -> None:
+    "Everything that can be known before the first row is read."
+    s, wanted = work.steps, [np.empty(0, np.int64)]
+    work.pools = {name: _plan_pool(work, name) for name in work.o["poolings"]}
+    if (pool := work.pools.get("all")) is not None:
+        wanted += [d.rows for d in (*pool.drawn.values(), *pool.checked.values())]
+        wanted.append(_thin_rows(work, pool))
+    first = s.offset[s.sample] + s.start
+    wanted += [rows for name, rows in (("first", first), ("last", first + s.end - s.start - 1)) if name in work.pools]
+    work.wanted = np.unique(np.concatenate(wanted))
+    work.trace_group = np.array([group_of(x, work.o["trace_groups"]) for x in s.names], np.int64)
+
+# %% ../nbs/14b_cells.ipynb #d170bc30
+def _thin_rows(work: _Work, pool: _Pool) -> np.ndarray: # int64
+    "The rows of all pieces that belong to a thin group."
+    thin, of = _thin(work, pool.groups), pool.groups.of
+    mine = np.where(of >= 0, thin[of], False).any(1)
+    part = _Pieces(*(x[mine] for x in pool.pieces))
+    return _expand(work.steps, part, 0, len(part.n), False)[2]
+
+def _load(work: _Work, pool: str, rows: np.ndarray) -> torch.Tensor: # [rows, d] in the dtype of the folder; means in float64
+    "Rows that waited: of the folder by number, of a pooling by step."
+    s = work.steps
+    if pool == "mean": return _means(work, rows)
+    if pool != "all": rows = s.offset[s.sample[rows]] + (s.start[rows] if pool == "first" else s.end[rows] - 1)
+    return work.rows.get(np.searchsorted(work.wanted, rows)).to(work.device)
+
+def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
+    "Means of steps, from the sums of their pieces."
+    piece = work.token_step
+    a, b = np.searchsorted(piece, steps), np.searchsorted(piece, steps, "right")
+    k = np.repeat(a - np.cumsum(b - a) + (b - a), b - a) + np.arange((b - a).sum())
+    sums = work.sums.get(k).numpy()
+    sums = np.add.reduceat(sums, np.cumsum(b - a) - (b - a), axis=0) if len(steps) else sums
+    return torch.from_numpy(sums / (work.steps.end - work.steps.start)[steps, None]).to(work.device)
+
+# %% ../nbs/14b_cells.ipynb #4c573feb
+def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # pieces of each, in the order of the pass
+    "Pieces that belong to the same thick groups (and group of traces, where intervals are wanted)."
+    g, thin = pool.groups, _thin(work, pool.groups)
+    of = np.where((g.of >= 0) & ~thin[g.of], g.of, -1)
+    order = [k for k in ("macro", "micro", "cells", "bins", "segments", "global") if k in g.kinds]
+    table = [of[:, g.kinds[k]] for k in order] + ([work.trace_group[work.steps.sample[pool.pieces.step]]] if work.o["intervals"] else [])
+    at = np.lexsort(table[::-1])
+    new = np.flatnonzero(np.any([np.diff(c[at]) != 0 for c in table], axis=0)) + 1
+    return np.split(at, new) if len(at) else []
+
+def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: # pieces, and the rows [a, b) of each
+    "Blocks of so many rows, from pieces of n rows each."
+    ends = np.cumsum(n)
+    for low in range(0, int(ends[-1]), size):
+        high = min(low + size, int(ends[-1]))
+        k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
+        yield k, np.maximum(low - ends[k] + n[k], 0), np.minimum(high - ends[k] + n[k], n[k])
+
+# %% ../nbs/14b_cells.ipynb #96f6144f
+def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
+    "The rows of an atom from the folder; on their way they are copied where they are wanted."
+    p, s = pool.pieces, work.steps
+    base = s.offset[s.sample[p.step[atom]]] + p.first[atom]
+    for k, a, b in _blocks(p.n[atom]):
+        start, end, size = base[k] + a, base[k] + b, b - a
+        new = np.flatnonzero(start[1:] != end[:-1]) + 1
+        runs = zip(start[np.append(0, new)].tolist(), end[np.append(new - 1, len(end) - 1)].tolist())
+        block = torch.cat([work.hs.read(*run) for run in runs])
+        if not torch.isfinite(block).all(): _name_bad(work, block, start, size)
+        _keep(work, block, start, end)
+        if work.sums is not None: _add_sums(work.sums, block, atom[k], a, size)
+        yield block
+
+# %% ../nbs/14b_cells.ipynb #b99bc050
+def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) -> None:
+    "Copy the rows of a block that are wanted to the store."
+    a, b = np.searchsorted(work.wanted, start), np.searchsorted(work.wanted, end)
+    if not (n := b - a).any(): return
+    slot = np.repeat(a - np.cumsum(n) + n, n) + np.arange(n.sum())
+    begin = np.cumsum(end - start) - (end - start) # of each run in the block
+    work.rows.put(slot, block[torch.from_numpy(work.wanted[slot] - np.repeat(start - begin, n))])
+
+def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarray, n: np.ndarray) -> None:
+    "Sums of pieces in float64; a piece that began in the block before is added to."
+    part = torch.from_numpy(np.add.reduceat(block.double().numpy(), np.cumsum(n) - n, axis=0))
+    if a[0]: part[0] += sums.get(piece[:1])[0]
+    sums.put(piece, part)
+
+def _name_bad(work: _Work, block: torch.Tensor, start: np.ndarray, n: np.ndarray) -> None:
+    row = int(np.flatnonzero(~torch.isfinite(block).all(1).numpy())[0])
+    k = int(np.searchsorted(np.cumsum(n), row, "right"))
+    row += int(start[k] - (np.cumsum(n) - n)[k])
+    i = int(np.flatnonzero((work.steps.offset <= row) & (row < work.steps.offset + work.steps.size))[0])
+    raise ValueError(f"row {row} (sample {visible(work.steps.names[i])}, token {row - work.steps.offset[i]}) holds numbers that are not finite")
+
+# %% ../nbs/14b_cells.ipynb #5f8e3c9a
+def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Moments], begin: int = 0, after: Callable = lambda i: None, tick: Callable = lambda n: None) -> None:
+    "Rows into atoms, atoms into groups, groups into spectra."
+    thin, of, left, atoms = _thin(work, pool.groups), pool.groups.of, Counter(), _atoms(work, pool)
+    mine = [[g for g in of[a[0]].tolist() if g >= 0 and not thin[g]] for a in atoms]
+    for groups in mine[begin:]: left.update(groups)
+    for i in range(begin, len(atoms)):
+        state = Moments()
+        for block in blocks(work, pool, atoms[i]):
+            if mine[i]: state.update(block.to(work.device))
+            for g in set(mine[i]) & work.triangles.keys() if pool.name == "all" else (): work.triangles[g].update(block.to(work.device))
+            tick(len(block))
+        for g in mine[i]: _absorb(work, pool, states, g, state, atoms[i][0])
+        left.subtract(mine[i])
+        for g in mine[i]:
+            if not left[g]: _close(work, pool, g, states.pop(g))
+        after(i + 1)
+
+# %% ../nbs/14b_cells.ipynb #3dda0798
+def _absorb(work: _Work, pool: _Pool, states: dict[int, Moments], g: int, state: Moments, piece: int) -> None:
+    "Merge an atom into a group, and into its part for the intervals."
+    states.setdefault(g, Moments()).absorb(state)
+    if _kind(pool.groups.keys[g]) in work.o["intervals"]:
+        pool.parts.setdefault(g, {}).setdefault(int(work.trace_group[work.steps.sample[pool.pieces.step[piece]]]), Moments()).absorb(state)
+
+def _kind(key: str) -> str: # of a group
+    head, _, rest = key.partition("/")
+    return "cells" if head == "bins" and "/" in rest else head
+
+def _basic(key: str) -> bool: return _kind(key) in ("global", "segments", "macro", "micro") # gets the uncentred spectrum, too
+
+# %% ../nbs/14b_cells.ipynb #458e65a3
+_CI = dict(rankme=rankme, effective_rank=effective_rank, participation_ratio=participation_ratio, stable_rank=stable_rank) # metrics with intervals, and alpha
+
+def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
+    "Solve a group whose rows have all come."
+    parts = [m for _, m in sorted(pool.parts.pop(g, {}).items())]
+    found = _Solved(state.spectrum(), state.spectrum(center=False) if _basic(pool.groups.keys[g]) else None, state.trace, state.mean.cpu().numpy())
+    if parts: found.ci = {k: _bounds(x) for k, x in jackknife(parts, _ci_metrics(work)).items()}
+    pool.solved[g] = found
+    if pool.name == "all": found.save(work.work/f"solved_{g}.npz")
+
+def _ci_metrics(work: _Work) -> dict[str, Callable]: return _CI | dict(alpha=lambda s: alpha_req.__wrapped__(s, work.o["preset"]))
+
+def _bounds(x: Interval) -> list[float] | str: return x.reason or "undefined" if x.lo is None else [x.lo, x.hi]
+
+# %% ../nbs/14b_cells.ipynb #3d4db409
+def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
+    "A group from the products of its rows with each other."
+    key, refs = pool.groups.keys[g], _rows_of(work, pool, g)
+    if not len(refs): return _Solved(Spectrum([], n=0, d=work.d, method="gram"))
+    Z = _load(work, pool.name, refs)
+    s = spectrum(Z, True, "gram")
+    A = Z.double()
+    found = _Solved(s, spectrum(Z, False, "gram") if _basic(key) else None, float((s.sigma ** 2).sum()), A.mean(0).cpu().numpy())
+    if _kind(key) in work.o["intervals"]: found.ci = _thin_ci(work, pool, s, Z, refs)
+    return found
+
+def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.ndarray) -> dict:
+    "The jackknife, with rows in the place of moments."
+    sample = work.steps.sample[refs] if pool.name != "all" else np.searchsorted(work.by_offset[0], refs, "right") - 1
+    of = work.trace_group[sample if pool.name != "all" else work.by_offset[1][sample]]
+    why, rest = {}, [spectrum(Z[torch.from_numpy(of != k).to(Z.device)], True, "gram") for k in np.unique(of)]
+    told = lambda f, x, k: None if (v := _try(why, k, f, x)) is None else float(v)
+    return {k: _bounds(_interval(told(f, s, k), [told(f, x, k) for x in rest] if len(rest) > 1 else [], .95, why.get(k))) for k, f in _ci_metrics(work).items()}
+
+# %% ../nbs/14b_cells.ipynb #2448d60d
+@patch(as_prop=True)
+def token_step(self: _Work) -> np.ndarray: # int64 [pieces of tokens]
+    "The step of each piece of tokens."
+    return self.token_pieces.step
+
+@patch(as_prop=True)
+def token_pieces(self: _Work) -> _Pieces:
+    if "_tokens" not in self.__dict__: self._tokens = self.pools["all"].pieces if "all" in self.pools else _token_pieces(self.steps, self.o["n_bins"])
+    return self._tokens
+
+@patch(as_prop=True)
+def by_offset(self: _Work) -> tuple[np.ndarray, np.ndarray]: # sorted first rows of samples with rows, and their numbers
+    order = np.argsort(self.steps.offset, kind="stable")
+    order = order[self.steps.size[order] > 0]
+    return self.steps.offset[order], order
+
+# %% ../nbs/14b_cells.ipynb #08c4e579
+_SAVE_EVERY = 60. # seconds
+
+def _token_pass(work: _Work, progress: bool) -> None:
+    "The one pass over the folder."
+    pool = work.pools.get("all") or _Pool("all", work.token_pieces, _no_groups(work.token_pieces))
+    states, begin = _restore(work, pool)
+    saved, total = time.monotonic(), sum(int(pool.pieces.n[a].sum()) for a in _atoms(work, pool)[begin:])
+    def after(i):
+        nonlocal saved
+        if time.monotonic() - saved >= _SAVE_EVERY: _save_states(work, pool, states, i); saved = time.monotonic()
+    with tqdm(total=total, unit=" rows", unit_scale=True, desc="spectra", disable=not progress) as bar:
+        _accumulate(work, pool, _read_blocks, states, begin, after, bar.update)
+    _save_states(work, pool, states, len(_atoms(work, pool)))
+
+def _no_groups(p: _Pieces) -> _Groups:
+    "For a pass that only fills the store."
+    return _Groups(["global"], np.full((len(p.n), 1), -1), *[np.zeros(1, np.int64)] * 3, {"global": 0})
+
+# %% ../nbs/14b_cells.ipynb #93719051
+def _save_states(work: _Work, pool: _Pool, states: dict[int, Moments], done: int) -> None:
+    "A point to go on from."
+    for store in (work.rows, work.sums): store.flush() if store is not None else None
+    parts = {f"{g}/{k}": m for g, some in pool.parts.items() for k, m in some.items()}
+    save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done))
+
+def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # states by group, atoms that are done
+    "Where the last run stopped."
+    path, states = work.work/"states.safetensors", {}
+    if not path.exists(): return states, 0
+    found, extra = load_moments(path)
+    for name, m in found.items():
+        g, _, part = name.partition("/")
+        if part == "R": work.triangles[int(g)] = m
+        elif part: pool.parts.setdefault(int(g), {})[int(part)] = m
+        else: states[int(g)] = m
+    closed = {g for a in _atoms(work, pool)[:extra["done"]] for g in pool.groups.of[a[0]].tolist() if g >= 0 and g not in states and not _thin(work, pool.groups)[g]}
+    pool.solved |= {g: _load_solved(work.work/f"solved_{g}.npz") for g in closed}
+    return states, extra["done"]
+
+# %% ../nbs/14b_cells.ipynb #a23d1ae5
+def _pooled_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
+    "Pooled rows of an atom."
+    for at in range(0, len(atom), _CHUNK): yield _load(work, pool.name, pool.pieces.step[atom[at:at + _CHUNK]])
+
+def _solve_all(work: _Work, progress: bool) -> None:
+    "Every group of every pooling."
+    if isinstance(work.o["svd_rows"], str) and "all" in work.pools:
+        g = work.pools["all"].groups
+        work.triangles = {i: TriangularMoments() for i, k in enumerate(g.keys) if _kind(k) in work.o["svd"] and g.rows[i] > work.d}
+    _token_pass(work, progress)
+    for pool in work.pools.values():
+        if pool.name != "all": _accumulate(work, pool, _pooled_blocks, {})
+        for g in np.flatnonzero(_thin(work, pool.groups)).tolist():
+            if pool.groups.rows[g] or _basic(pool.groups.keys[g]) or _kind(pool.groups.keys[g]) == "bins": pool.solved[g] = _solve_thin(work, pool, g)
+
+# %% ../nbs/14b_cells.ipynb #031c8d5f
+_WHOLE = ("n90", "n99")
+
+def _plain(name: str, x: Any) -> Any: # what JSON can hold
+    return x if x is None or isinstance(x, (bool, int, str)) else int(x) if name in _WHOLE else float(x)
+
+def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
+    "One entry: metrics, counts, reasons."
+    row = metrics_row(found.centered, found.uncentered, preset=work.o["preset"])
+    out = {k: _plain(k, v) for k, v in row.items() if k != "reason"} | dict(mean_norm=found.centered.mean_norm) | more
+    reason = dict(row["reason"]) | ({} if out["mean_norm"] is not None or "mean_norm2_share" in row["reason"] else {"mean_norm": "no mean row"})
+    if out["isotropic_null"] is None: reason["isotropic_null"] = found.centered.reason or "undefined"
+    if found.ci is not None:
+        out["ci"] = {k: v if isinstance(v, list) else None for k, v in found.ci.items()}
+        reason |= {f"ci.{k}": v for k, v in found.ci.items() if isinstance(v, str)}
+    if out["alpha"] is not None and out["alpha_r2"] is None: reason["alpha_r2"] = "a flat spectrum has nothing to explain"
+    return out | (dict(reason=reason) if reason else {})
+
+# %% ../nbs/14b_cells.ipynb #f0c5473f
+def _group_entry(work: _Work, pool: _Pool, spectra: dict, key: str) -> dict:
+    "The entry of a group, and its spectra."
+    g = pool.groups.keys.index(key)
+    found = pool.solved[g]
+    spectra[f"{key}/centered"] = torch.from_numpy(found.centered.sigma.copy())
+    if found.uncentered is not None: spectra[f"{key}/uncentered"] = torch.from_numpy(found.uncentered.sigma.copy())
+    return _entry(work, found, n_steps=int(pool.groups.steps[g]), n_traces=int(pool.groups.traces[g]), spectrum=key)
+
+def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]:
+    "How much of the variance lies between the categories."
+    some = [pool.solved[pool.groups.keys.index(f"macro/{x}")] for x in work.steps.labels["macro"]]
+    some = [s for s in some if s.centered.n]
+    n, means = np.array([s.centered.n for s in some], float), np.array([s.mean for s in some])
+    if not len(some): return None, {"between_share": "no rows"}
+    rest = means - means[0]
+    between, within = float(n @ ((rest - n @ rest / n.sum()) ** 2).sum(1)), sum(s.within for s in some)
+    return (between / (between + within), {}) if between + within else (None, {"between_share": "all rows are equal"})
+
+# %% ../nbs/14b_cells.ipynb #4f61f06c
+def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
+    "basic_metrics.json without its head."
+    s, entry = work.steps, lambda key: _group_entry(work, pool, spectra, key)
+    share, reason = _between(work, pool)
+    out = {"global": entry("global"), "segments": {x: entry(f"segments/{x}") for x in s.labels["segments"]}, "macro": {x: entry(f"macro/{x}") for x in s.labels["macro"]}}
+    if work.o["groups"] == "category": out["micro"] = {x: entry(f"micro/{x}") for x in s.labels["micro"]}
+    return out | dict(between_share=share, counts=dict(empty_steps=s.empty, unannotated_tokens=s.unannotated)) | (dict(reason=reason) if reason else {})
+
+def _depth_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
+    "depth_profile.json without its head."
+    B, g = work.o["n_bins"], pool.groups
+    there = {k for k, n in zip(g.keys, g.rows) if n}
+    entry = lambda key: _group_entry(work, pool, spectra, key)
+    bins = [dict(bin=b, lo=b / B, hi=(b + 1) / B, macro={x: entry(k) for x in work.steps.labels["macro"] if (k := f"bins/{b}/macro/{x}") in there}) | entry(f"bins/{b}") for b in range(B)]
+    return dict(n_bins=B, bin_edges=[b / B for b in range(B + 1)], position="token" if pool.name == "all" else "step_center", bins=bins)
+
+# %% ../nbs/14b_cells.ipynb #5d333e03
+def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[int, Spectrum]]: # count, spectrum
+    "Spectra of the first so many units, for each count that the group has."
+    state, done = Moments(), 0
+    for count in (c for c in pool.counts if c <= drawn.units):
+        upto = int(drawn.upto[count])
+        if upto <= work.d: yield count, spectrum(_load(work, pool.name, drawn.rows[:upto]), True, "gram"); continue
+        for a in range(done, upto, _CHUNK): state.update(_load(work, pool.name, drawn.rows[a:min(a + _CHUNK, upto)]))
+        done = upto
+        yield count, state.spectrum()
+
+def _series(work: _Work, pool: _Pool, spectra: dict, key: str, seed: int) -> list[dict]:
+    "The entries of one group and seed."
+    drawn, out = pool.drawn.get((pool.groups.keys.index(key), seed)), []
+    for count, s in _sweep_spectra(work, pool, drawn) if drawn else ():
+        spectra[(name := f"sweep/{key}/{count}/{seed}") + "/centered"] = torch.from_numpy(s.sigma.copy())
+        out.append(_entry(work, _Solved(s), count=count, seed=seed, spectrum=name))
+    units = drawn.units if drawn else 0
+    short = [c for c in pool.counts if c > units]
+    return out + [dict(count=c, seed=seed, n_rows=None, reason={"count": f"the group has {units:,}"}) for c in short[:1]]
+
+# %% ../nbs/14b_cells.ipynb #92abc6f8
+def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
+    "token_count_sweep.json without its head."
+    name = lambda x: f"macro/{x}" if x == "global" else x # a category of this name must not hide all
+    series = {"global": "global"} | {name(x): f"macro/{x}" for x in work.steps.labels["macro"]}
+    told = {k: [e for seed in work.o["seeds"] for e in _series(work, pool, spectra, key, seed)] for k, key in series.items()}
+    unit = "trace" if work.o["unit"] == "trace" else "token" if pool.name == "all" else "step"
+    return dict(sampler="bottomk-splitmix64", seeds=list(work.o["seeds"]), unit=unit, counts=list(pool.counts), matched_count=pool.matched, series=told)
+
+# %% ../nbs/14b_cells.ipynb #feb1ca05
+def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum, Spectrum]: # centred covariance, centred SVD, uncentred SVD
+    if pool.name == "all" and g in work.triangles: return pool.solved[g].centered, work.triangles[g].spectrum(), work.triangles[g].spectrum(center=False)
+    refs = _rows_of(work, pool, g) if isinstance(work.o["svd_rows"], str) else np.sort(pool.checked[g].rows)
+    if len(refs) <= work.d: return tuple(spectrum(Z, c, m) for Z in [_load(work, pool.name, refs)] for c, m in ((True, "gram"), (True, "svd"), (False, "svd")))
+    state, triangle = Moments(), TriangularMoments()
+    for a in range(0, len(refs), step := max(2 * work.d, 1024)):
+        Z = _load(work, pool.name, refs[a:a + step])
+        state.update(Z), triangle.update(Z)
+    return state.spectrum(), triangle.spectrum(), triangle.spectrum(center=False)
+
+def _route(work: _Work, s: Spectrum) -> dict: # one of the three
+    why: dict[str, str] = {}
+    fit = _try(why, "alpha", alpha_req, s, Preset("same", None, None, fit=PRESETS[work.o["preset"]].fit))
+    out = dict(effective_rank=_try(why, "effective_rank", effective_rank, s), rankme=None if s.reason else _rankme(s, "sigma", 0., None), alpha=fit and fit.alpha, sigma_min_rel=float(s.sigma[s.rank - 1] / s.sigma[0]) if s.rank else None, rank=s.rank)
+    why |= {k: s.reason for k in ("rankme", "sigma_min_rel") if out[k] is None}
+    return {k: _plain(k, v) for k, v in out.items()} | (dict(reason=why) if why else {})
+
+# %% ../nbs/14b_cells.ipynb #ae4bd479
+def _gap(a: dict, b: dict) -> dict: # of two routes
+    rel = lambda k: None if a[k] is None or b[k] is None else a[k] / b[k] - 1
+    return dict(effective_rank_rel=rel("effective_rank"), rankme_rel=rel("rankme"), alpha_abs=None if a["alpha"] is None or b["alpha"] is None else a["alpha"] - b["alpha"])
+
+def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
+    "svd_vs_covariance.json without its head."
+    out, names = {}, ("centered_covariance", "centered_svd", "uncentered_svd")
+    for g in [i for i in sorted(pool.checked) if _kind(pool.groups.keys[i]) in work.o["svd"]]:
+        key, found = pool.groups.keys[g], _three_routes(work, pool, g)
+        spectra |= {f"svd/{key}/{name}": torch.from_numpy(s.sigma.copy()) for name, s in zip(names, found)}
+        told = {name: _route(work, s) for name, s in zip(names, found)}
+        k = min(found[0].rank, found[1].rank)
+        error = float(np.abs(found[0].sigma[:k] / found[1].sigma[:k] - 1).max()) if k else None
+        out[key] = told | dict(n_rows=found[0].n, all_rows=found[0].n == int(pool.groups.rows[g]), delta=_gap(told["centered_covariance"], told["centered_svd"]),
+            definition=_gap(told["uncentered_svd"], told["centered_svd"]), max_sigma_rel_err=error, error_bound=found[0].max_rel_error)
+    return dict(groups=out)
+
+# %% ../nbs/14b_cells.ipynb #f0ebf1ad
+def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> Iterator[tuple[str, float, torch.Tensor]]: # what, how much, rows
+    "The variants of a matrix of rows."
+    yield "as stored", 0., Z
+    if Z.dtype != torch.bfloat16: yield "rounded to bfloat16", 0., Z.bfloat16()
+    A = Z.double()
+    long, big = A.square().sum(1).argsort(descending=True, stable=True), A.square().mean(0).argsort(descending=True, stable=True)
+    for share in tokens:
+        if (k := math.ceil(share * len(Z))) and len(Z) - k >= 2: yield "tokens with the largest norms left out", share, Z[long[k:].sort().values]
+    for k in dims:
+        if k < Z.shape[1]: yield "largest dimensions left out", float(k), Z[:, big[k:].sort().values]
+
+# %% ../nbs/14b_cells.ipynb #151dc11b
+def sensitivity(
+    Z: Any, # rows [n, d]
+    tokens: Sequence[float] = (.005,), # shares of the rows that are left out, those with the largest norms
+    dims: Sequence[int] = (1, 4), # how many dimensions are left out, those with the largest second moments
+    preset: str = "canonical", # whose range of ranks for alpha
+) -> tuple[dict, ...]: # one a change: change, amount, n_rows, hidden_dim, metrics, and by how much they differ from those of the first
+    "What rounding, a few tokens and a few dimensions do to the metrics."
+    Z, out = _rows(Z)[0], []
+    for change, amount, X in _without(Z, tokens, dims):
+        row = metrics_row(spectrum(X, True, "gram"), preset=preset)
+        found = {k: _plain(k, row[k]) for k in ("rankme", "effective_rank", "alpha")}
+        out.append(dict(change=change, amount=amount, n_rows=len(X), hidden_dim=X.shape[1]) | found | _gap(found, out[0] if out else found) | (dict(reason=row["reason"]) if row["reason"] else {}))
+    return tuple(out)
+
+# %% ../nbs/14b_cells.ipynb #97e96a3a
+_FILES = dict(basic_metrics=_basic_file, depth_profile=_depth_file, token_count_sweep=_sweep_file, svd_vs_covariance=_svd_file)
+_SCHEMA = "tracebook/spectral/{}/1"
+
+def metrics_schema() -> dict: # JSON Schema, draft 2020-12
+    "The schema of the files that `spectral_metrics` writes."
+    return json.loads((files("tracebook")/"data"/"spectral_metrics.schema.json").read_text("utf-8"))
+
+def _write_strict(path: Path, value: Mapping) -> None:
+    _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()))
+
+def _head(work: _Work, pool: _Pool, name: str) -> dict:
+    "What every file begins with."
+    config, p = work.hs.config, PRESETS[work.o["preset"]]
+    source = {k: _text(v) if isinstance(v := config.get(k), str) else v if isinstance(v, int) else None for k in ("model", "revision", "layer", "stage")} | dict(repr_sha256=work.o["source"])
+    conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown")
+    return dict(schema=_SCHEMA.format(name), created_by=f"tracebook {version('tracebook')}", source=source | dict(stage=source["stage"] or "unknown"), conventions=conventions, pool=pool.name, hidden_dim=work.d)
+
+# %% ../nbs/14b_cells.ipynb #2ab18e60
+def _write_pool(work: _Work, pool: _Pool) -> None:
+    "The folder of one pooling."
+    folder, spectra = work.folder/f"pool_{pool.name}", {}
+    folder.mkdir(exist_ok=True)
+    for name, make in _FILES.items(): _write_strict(folder/f"{name}.json", _head(work, pool, name) | make(work, pool, spectra))
+    rows = np.sort(pool.checked[0].rows) if 0 in pool.checked else np.empty(0, np.int64)
+    told = sensitivity(_load(work, pool.name, rows), preset=work.o["preset"]) if work.o["sensitivity"] and len(rows) > 1 else ()
+    _write_strict(folder/"sensitivity.json", _head(work, pool, "sensitivity") | dict(n_rows=len(rows), all_rows=len(rows) == int(pool.groups.rows[0]), changes=list(told)))
+    part = folder/".spectra.part"
+    save_file(spectra, part)
+    os.replace(part, folder/f"spectra_{pool.name}.safetensors")
+
+# %% ../nbs/14b_cells.ipynb #c6eb5421
+_POOLINGS = ("all", "mean", "first", "last")
+
+def _check(o: dict) -> dict:
+    "Settings that can be; ValueError for others."
+    for key, known in dict(poolings=_POOLINGS, svd=("global", "segments", "macro", "micro"), intervals=("global", "segments", "macro", "micro")).items():
+        o[key] = [o[key]] if isinstance(o[key], str) else list(o[key])
+        if (lost := [x for x in o[key] if x not in known]) or len(set(o[key])) < len(o[key]): raise ValueError(f"{key}={o[key]!r}; choose some of {', '.join(known)}, each once")
+    for key, known in dict(groups=("macro", "category"), unit=("token", "trace"), preset=tuple(p.name for p in PRESETS.values() if p.fit)).items():
+        if o[key] not in known: raise ValueError(f"{key}={o[key]!r}; choose {' or '.join(known)}")
+    whole = lambda x, low: type(x) is int and x >= low
+    if o["groups"] == "macro" and "micro" in o["svd"] + o["intervals"]: raise ValueError("micro is for groups='category'")
+    if not whole(o["n_bins"], 1) or o["n_bins"] > 1000: raise ValueError(f"n_bins={o['n_bins']!r}; give a whole number from 1 to 1000")
+    if not whole(o["trace_groups"], 2): raise ValueError(f"trace_groups={o['trace_groups']!r}; a jackknife needs at least two groups of traces")
+    if o["svd_rows"] not in (None, "all") and not whole(o["svd_rows"], 2): raise ValueError(f"svd_rows={o['svd_rows']!r}; give a number of rows, None or 'all'")
+    o["seeds"], o["counts"] = list(o["seeds"]), o["counts"] if o["counts"] is None else sorted(set(o["counts"]))
+    if not all(whole(x, 1) for x in o["counts"] or ()) or not all(type(x) is int for x in o["seeds"]): raise ValueError("counts and seeds are whole numbers, counts from 1")
+    return o
+
+# %% ../nbs/14b_cells.ipynb #2e75f3f5
+def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
+    "What the states are: config and index as JSON with sorted keys."
+    digest = hashlib.sha256()
+    for part in (hs.config, *hs.samples): digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
+    return digest.hexdigest()
+
+def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is done already
+    "A new folder, or one to go on with; ValueError for one of other settings, or of somebody else."
+    said = _strict_json((folder/"run.json").read_bytes(), "run.json") if (folder/"run.json").exists() else None
+    if said is None and any(folder.glob("pool_*")): raise ValueError(f"{visible(str(folder))} holds metrics, but no run.json: they are not from here, and are not overwritten")
+    if said is not None and resume:
+        if differ := _differences(said.get("settings", {}), settings): raise ValueError(f"{visible(str(folder))} was made with other settings: {'; '.join(differ)}. Choose another folder, or resume=False to begin again")
+        if said.get("complete") is True: return True
+    elif said is not None: _clear_metrics(folder)
+    (folder/".work").mkdir(parents=True, exist_ok=True)
+    _write_strict(folder/"run.json", dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
+    return False
+
+def _clear_metrics(folder: Path) -> None:
+    "Remove what a run has written, and nothing else."
+    shutil.rmtree(folder/".work", ignore_errors=True)
+    for pool in _POOLINGS:
+        for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool}.safetensors"): (folder/f"pool_{pool}"/name).unlink(missing_ok=True)
+
+# %% ../nbs/14b_cells.ipynb #fe9e2817
+def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, progress: bool) -> None:
+    "Plan, pass, files."
+    o["source"] = _source_hash(hs)
+    if _begin(folder, o, resume): return
+    work = _Work(hs, _read_steps(hs), folder, o, torch.device(device or "cpu"))
+    if work.d is None: raise ValueError("the folder has no rows, and does not say how wide they would be")
+    _plan(work)
+    work.rows = _Store(work.work/"rows.bin", len(work.wanted), work.d, hs.dtype or torch.float32)
+    if "mean" in work.pools: work.sums = _Store(work.work/"sums.bin", len(work.token_step), work.d, torch.float64)
+    _solve_all(work, progress)
+    for pool in work.pools.values(): _write_pool(work, pool)
+    _write_strict(folder/"run.json", dict(schema=_SCHEMA.format("run"), settings=o, complete=True))
+    work.rows = work.sums = None
+    shutil.rmtree(work.work)
+
+# %% ../nbs/14b_cells.ipynb #05a3c2b5
+def spectral_metrics(
+    hidden_states_or_folder: Any = None, # a `HiddenStates` or its folder; None: the toy's states on its own annotated traces, made first
+    out_dir: str | Path | None = None, # the folder to write; None: `spectral_metrics/` and the name of the model
+    *,
+    poolings: Sequence[str] = _POOLINGS, # "all": each token; "mean", "first", "last": one row a step
+    groups: str = "macro", # "macro", or "category" for the fine labels as well
+    n_bins: int = 10, # parts of a trace
+    counts: Sequence[int] | None = None, # of the sweep; None: powers of 4, and the smallest category
+    seeds: Sequence[int] = (0,), # of the draws
+    unit: str = "token", # what is drawn: rows ("token"), or whole traces ("trace")
+    preset: str = "canonical", # whose range of ranks for alpha
+    intervals: Sequence[str] | None = None, # kinds of groups that get jackknife intervals: "global", "segments", "macro", "micro"; None: none, for the toy the first three
+    trace_groups: int = 20, # groups of traces for the intervals; each costs a state and a spectrum a group
+    svd: Sequence[str] = ("global",), # kinds of groups in `svd_vs_covariance.json`
+    svd_rows: int | str | None = None, # rows of each; None: 2 d; "all": every row, by triangles
+    sensitivity: bool = True, # also write `sensitivity.json`
+    device: Any = None, # where products and spectra are computed; None: the CPU
+    resume: bool = True, # go on with what is there; False: begin again
+    progress: bool = True, # a progress bar
+    root: str | Path | None = None, # instead of `out_dir`: the tree `spectral_metrics/<model>/` is built here
+) -> SpectralMetrics: # what was written; ValueError for settings that cannot be, a folder of other settings, or rows that are not finite
+    "Spectra and metrics of every kind of step, depth and pooling, with each row read once; the same call goes on after a crash."
+    if out_dir is not None and root is not None: raise ValueError("give out_dir (this folder) or root (a tree of models), not both")
+    intervals = intervals if intervals is not None else ("global", "segments", "macro") if hidden_states_or_folder is None else ()
+    o = _check(dict(poolings=poolings, groups=groups, n_bins=n_bins, counts=counts, seeds=seeds, unit=unit, preset=preset, intervals=intervals, trace_groups=trace_groups, svd=svd, svd_rows=svd_rows, sensitivity=bool(sensitivity)))
+    with TemporaryDirectory() as made:
+        if hidden_states_or_folder is None: extract_hidden_states(out_dir=(hidden_states_or_folder := made), progress=False)
+        hs = hidden_states_or_folder if isinstance(hidden_states_or_folder, HiddenStates) else HiddenStates(hidden_states_or_folder)
+        name = _folder_name(str(hs.config.get("model") or hs.folder.name))
+        folder = Path(out_dir) if out_dir is not None else Path(root or ".")/"spectral_metrics"/name
+        _run(hs, folder, o, device, resume, progress)
+    return load_metrics(folder)
+
+# %% ../nbs/14b_cells.ipynb #4d637ac2
+@dataclass(repr=False)
+class SpectralMetrics:
+    "The metrics of one model; made by `load_metrics`."
+    folder: Path
+    raw: dict[str, dict[str, dict]] # pooling -> file name without .json -> what it holds
+    problems: list[str] = field(default_factory=list) # files that could not be read
+    missing: list[str] = field(default_factory=list) # files that are not there
+    foreign: list[str] = field(default_factory=list) # files that are not from here
+
+    def __getitem__(self, pool: str) -> dict[str, dict]: return self.raw[pool]
+    @property
+    def pools(self) -> list[str]: return list(self.raw)
+    @property
+    def model(self) -> str: # as the files say, or the name of the folder
+        said = next((f["source"].get("model") for p in self.raw.values() for f in p.values() if _ours(f)), None)
+        return said if isinstance(said, str) else self.folder.name
+    def __repr__(self) -> str:
+        told = [f"{len(x)} {what}" for x, what in ((self.problems, "damaged"), (self.missing, "missing"), (self.foreign, "of others")) if x]
+        return visible(f"SpectralMetrics({self.model}: {', '.join(self.pools)}{told and '; files ' + ', '.join(told) or ''})")
+
+# %% ../nbs/14b_cells.ipynb #25b095e2
+def _ours(value: Any) -> bool: # whether a file says that it is from here, in this version
+    return isinstance(value, dict) and isinstance(value.get("source"), dict) and any(value.get("schema") == _SCHEMA.format(k) for k in (*_FILES, "sensitivity"))
+
+def load_metrics(
+    folder: str | Path, # with folders pool_all, pool_mean, …
+    max_json: int = 1 << 28, # bytes of a file
+) -> SpectralMetrics: # FileNotFoundError if there is no such folder, or no pooling in it
+    "Read metrics, our own or those of others; damage is named, not raised."
+    folder = Path(folder)
+    pools = sorted((p for p in folder.glob("pool_*") if p.is_dir()), key=lambda p: (_POOLINGS.index(p.name[5:]) if p.name[5:] in _POOLINGS else 9, p.name)) if folder.is_dir() else []
+    if not pools: raise FileNotFoundError(f"{visible(str(folder))} has no folders pool_all, pool_mean, …")
+    out = SpectralMetrics(folder, {p.name[5:]: {} for p in pools})
+    for pool in pools:
+        for path in sorted({*pool.glob("*.json"), *(pool/f"{name}.json" for name in _FILES)}): _load_one(out, pool, path, max_json)
+    return out
+
+# %% ../nbs/14b_cells.ipynb #5b651606
+def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
+    "One file into the metrics, or into what is wrong with them."
+    name = f"{pool.name}/{path.name}"
+    if not path.is_file(): out.missing.append(name); return
+    try:
+        if path.stat().st_size > most: raise ValueError(f"{path.stat().st_size:,} bytes, more than max_json={most:,}")
+        value = _strict_json(path.read_bytes(), name)
+    except (ValueError, OSError) as e: out.problems.append(visible(str(e))); return
+    out.raw[pool.name[5:]][path.stem] = value
+    if not _ours(value): out.foreign.append(name)
+
+def load_models(
+    root: str | Path, # a tree `<model>/pool_all/…`, or the folder above it
+) -> dict[str, SpectralMetrics]: # by name of the folder
+    "The metrics of all models of a tree."
+    root = Path(root)
+    root = root/"spectral_metrics" if (root/"spectral_metrics").is_dir() else root
+    return {p.name: load_metrics(p) for p in sorted(root.iterdir()) if p.is_dir() and any(q.is_dir() for q in p.glob("pool_*"))}
+
+# %% ../nbs/14b_cells.ipynb #3e2a67e4
+@patch
+def spectrum(self: SpectralMetrics,
+    group: str = "global", # the key of an entry's `spectrum`, such as "macro/Plan" or "bins/3"
+    pool: str = "all", # pooling
+    centered: bool = True, # uncentred ones are saved for all, segments and categories
+) -> Spectrum: # KeyError for a group that has none
+    "A saved spectrum."
+    entry = self._entry(pool, group)
+    tensors = self._tensors(pool)
+    name = f"{group}/{'centered' if centered else 'uncentered'}"
+    if entry is None or name not in tensors: raise KeyError(f"no spectrum {name!r} in pool_{pool}")
+    c = self.raw[pool]["basic_metrics"]["conventions"]
+    return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=self.raw[pool]["basic_metrics"]["hidden_dim"], centered=centered, dtype=c["dtype"], mean_norm=entry.get("mean_norm"))
+
+@patch
+def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
+    cache = self.__dict__.setdefault("_loaded", {})
+    if pool not in cache: cache[pool] = load_file(self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors")
+    return cache[pool]
+
+# %% ../nbs/14b_cells.ipynb #239a5c03
+@patch
+def entries(self: SpectralMetrics,
+    pool: str = "all", # pooling
+) -> Iterator[tuple[dict, dict]]: # where it stands (file, kind, group, bin, count, seed), and the entry
+    "Every entry of metrics in the files that are from here."
+    at = lambda file, kind, group, bin=None, count=None, seed=None: dict(file=file, kind=kind, group=group, bin=bin, count=count, seed=seed)
+    f = {k: v for k, v in self.raw[pool].items() if _ours(v)}
+    if (b := f.get("basic_metrics")):
+        yield at("basic_metrics", "global", "global"), b["global"]
+        for kind in ("segments", "macro", "micro"): yield from ((at("basic_metrics", kind, x), e) for x, e in b.get(kind, {}).items())
+    for e in f.get("depth_profile", {}).get("bins", ()):
+        yield at("depth_profile", "global", "global", e["bin"]), {k: v for k, v in e.items() if k != "macro"}
+        yield from ((at("depth_profile", "macro", x, e["bin"]), m) for x, m in e["macro"].items())
+    for x, series in f.get("token_count_sweep", {}).get("series", {}).items():
+        yield from ((at("token_count_sweep", "global" if x == "global" else "macro", x, None, e["count"], e["seed"]), e) for e in series if e.get("n_rows") is not None)
+
+@patch
+def _entry(self: SpectralMetrics, pool: str, group: str) -> dict | None: # by the key of its spectrum
+    return next((e for _, e in self.entries(pool) if e.get("spectrum") == group), None)
+
+# %% ../nbs/14b_cells.ipynb #48bfe22f
+METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null")
+_TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
+    ("metric", pa.string()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64()), ("reason", pa.string())])
+
+def metrics_table(
+    metrics: Any, # of `load_metrics`; or several by name; or a folder
+    names: Sequence[str] = METRICS, # which metrics
+) -> pa.Table: # model, pool, file, kind, group, bin, count, seed, n_rows, n_traces, metric, value, lo, hi, reason
+    "One row for each number; null where it is undefined, with the reason."
+    several = metrics if isinstance(metrics, Mapping) else {None: metrics if isinstance(metrics, SpectralMetrics) else load_metrics(metrics)}
+    rows = [dict(model=name or m.model, pool=pool, **where, n_rows=e["n_rows"], n_traces=e.get("n_traces"), metric=k, value=e[k], lo=(e.get("ci", {}).get(k) or [None])[0], hi=(e.get("ci", {}).get(k) or [None])[-1], reason=e.get("reason", {}).get(k))
+        for name, m in several.items() for pool in m.pools for where, e in m.entries(pool) for k in names if k in e]
+    return pa.Table.from_pylist(rows, schema=_TABLE)
+
+# %% ../nbs/14b_cells.ipynb #d48e0c00
+def compare_models(
+    models: Mapping[str, SpectralMetrics], # by name, as `load_models` reads them
+    metric: str = "rankme", # a name of `METRICS`
+    pool: str = "all", # pooling
+    count: int | None = None, # the same number of rows for all, from the sweep; None: all rows of each
+) -> list[dict]: # one a group: group, then a value for each model; None where one has none
+    "One metric of several models side by side."
+    found: dict[str, dict] = {}
+    for name, m in models.items():
+        for at, e in m.entries(pool) if pool in m.raw else ():
+            if at["file"] == ("basic_metrics" if count is None else "token_count_sweep") and at["count"] == count and (count is None or at["seed"] == min(m.raw[pool]["token_count_sweep"]["seeds"])):
+                found.setdefault(at["group"] if at["kind"] in ("global", "macro") else f"{at['kind']}/{at['group']}", {})[name] = e.get(metric)
+    return [dict(group=g) | {name: x.get(name) for name in models} for g, x in found.items()]
+
+# %% ../nbs/14b_cells.ipynb #9a7a61f8
+def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[str, list[tuple[dict, dict]]]: # group -> (place, entry)
+    out: dict[str, list] = {}
+    for at, e in m.entries(pool):
+        if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault(at["group"], []).append((at, e))
+    return out
+
+def plot_categories(
+    metrics: SpectralMetrics, # of `load_metrics`
+    names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
+    pool: str = "all", # pooling
+) -> Figure: # points with intervals; the isotropic null as a cross beside rank metrics
+    "Metrics by category."
+    fig, axes = _axes(len(names), f"By category, pooling “{_label(pool)}”")
+    groups = {g: x[0][1] for g, x in _of(metrics, pool, "basic_metrics").items()}
+    for ax, name in zip(axes, names):
+        for y, e in enumerate(groups.values()):
+            if e[name] is None: continue
+            ci = (e.get("ci") or {}).get(name)
+            ax.errorbar(e[name], y, xerr=ci and [[max(e[name] - ci[0], 0)], [max(ci[1] - e[name], 0)]], fmt="o", color=_COLOURS[y % len(_COLOURS)], capsize=3)
+            if name == "effective_rank" and e["isotropic_null"]: ax.plot(e["isotropic_null"], y, "x", color="#888888")
+        ax.set(xlabel=_label(name), yticks=range(len(groups)), yticklabels=[f"{_label(g)} ({e['n_rows']:,})" for g, e in groups.items()] if ax is axes[0] else [])
+        ax.invert_yaxis()
+    return fig
+
+# %% ../nbs/14b_cells.ipynb #ce66865f
+def plot_depth(
+    metrics: SpectralMetrics, # of `load_metrics`
+    name: str = "effective_rank", # a metric
+    pool: str = "all", # pooling
+) -> Figure: # one line a category, over the part of the trace
+    "A metric over the depth in the trace."
+    fig, (ax,) = _axes(title=f"Over the trace, pooling “{_label(pool)}”")
+    B = metrics.raw[pool]["depth_profile"]["n_bins"]
+    for i, (g, points) in enumerate(_of(metrics, pool, "depth_profile").items()):
+        x = [((at["bin"] + .5) / B, e[name]) for at, e in points if e[name] is not None]
+        if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], linewidth=2 if g == "global" else 1, label=_label(g))
+    ax.set(xlabel="place in the trace", ylabel=_label(name), xlim=(0, 1))
+    if ax.lines: ax.legend(frameon=False, fontsize="small")
+    return fig
+
+# %% ../nbs/14b_cells.ipynb #69474039
+def plot_sweep(
+    metrics: SpectralMetrics, # of `load_metrics`
+    name: str = "effective_rank", # a metric
+    pool: str = "all", # pooling
+) -> Figure: # one line a category and seed, over the number of rows; for the effective rank the isotropic null
+    "A metric over the number of rows."
+    fig, (ax,) = _axes(title=f"The same number of rows for all, pooling “{_label(pool)}”")
+    null = {}
+    for i, (g, points) in enumerate(_of(metrics, pool, "token_count_sweep").items()):
+        for k, seed in enumerate(sorted({at["seed"] for at, _ in points})):
+            x = [(e["n_rows"], e[name]) for at, e in points if at["seed"] == seed and e[name] is not None]
+            if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], label=_label(g) if not k else None)
+        null |= {e["n_rows"]: e["isotropic_null"] for _, e in points if e["isotropic_null"]}
+    if null and name == "effective_rank": ax.plot(*zip(*sorted(null.items())), "--", color="#888888", label="isotropic null")
+    ax.set(xlabel="rows", ylabel=_label(name), xscale="log")
+    if ax.lines: ax.legend(frameon=False, fontsize="small")
+    return fig
+
+# %% ../nbs/14b_cells.ipynb #46773795
+def plot_cells(
+    metrics: SpectralMetrics, # of `load_metrics`
+    name: str = "effective_rank", # a metric
+    pool: str = "all", # pooling
+) -> Figure: # category × depth; empty where there is no value
+    "A metric as a map of category and depth."
+    fig, (ax,) = _axes(title=f"{_label(name)}, pooling “{_label(pool)}”")
+    found, B = _of(metrics, pool, "depth_profile", ("macro",)), metrics.raw[pool]["depth_profile"]["n_bins"]
+    map = np.full((len(found), B), np.nan)
+    for y, points in enumerate(found.values()):
+        for at, e in points: map[y, at["bin"]] = np.nan if e[name] is None else e[name]
+    image = ax.imshow(map, aspect="auto", cmap="viridis") if map.size else None
+    if np.isfinite(map).any(): fig.colorbar(image, ax=ax)
+    ax.set(xlabel="part of the trace", yticks=range(len(found)), yticklabels=[_label(g) for g in found])
+    return fig
+
+def plot_spectra(
+    metrics: SpectralMetrics, # of `load_metrics`
+    groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all and the categories
+    pool: str = "all", # pooling
+) -> Figure: # of `plot_spectrum`
+    "Saved spectra, each with its fit."
+    known = ["global", *(f"macro/{g}" for g in _of(metrics, pool, "basic_metrics", ("macro",)))]
+    return plot_spectrum({g.removeprefix("macro/"): metrics.spectrum(g, pool) for g in groups or known[:6]}, metrics.raw[pool]["basic_metrics"]["conventions"]["preset"])
