@@ -178,7 +178,7 @@ def test_no_rows_at_all(tmp_path):
 def test_a_stream_makes_the_book_of_a_list(tmp_path):
     rows = [dict(response=CLEAN, problem=3, difficulty="easy"), dict(response=None), dict(response=CLEAN, problem="x", difficulty=2), dict(response="\ud800")]
     made = [make_book(source, tmp_path / "o.html") for source in (rows, IterableDataset.from_generator(lambda: iter(rows)))]
-    assert made[0][1:-1] == made[1][1:-1] and made[0].unreadable == 2
+    assert made[0]._replace(path="", size=0) == made[1]._replace(path="", size=0) and made[0].unreadable == 2
 
 def test_a_stream_that_was_looked_at_counts_once(tmp_path):
     rows = load_traces(IterableDataset.from_generator(lambda: iter([dict(response=None), dict(response=CLEAN)])))
