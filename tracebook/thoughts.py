@@ -1050,12 +1050,13 @@ def _gaps(self: ThoughtTree) -> list[str]:
     if None not in gaps: return gaps
     return [gap if gap is not None else self._sep if i < len(gaps) - 1 else "" for i, gap in enumerate(gaps)]
 
-# %% ../nbs/03_thoughts.ipynb #c163d381
+# %% ../nbs/03_thoughts.ipynb #83858750
 @patch
 def _whole(self: ThoughtNode, tokens: Mapping[str, str] | bool | None) -> str:
     "A node as it is written."
-    father, local, tag, text, *_ = self.tree._rows[self.index]
-    return "".join((_F, father, _f, _L, local, _l, _T, tag, text, _E, self._printed(tokens)))
+    father, local, tag, text, stood, _ = self.tree._rows[self.index]
+    rating = stood if stood and tokens is None else self._printed(tokens)
+    return f"{_F}{father}{_f}{_L}{local}{_l}{_T}{tag}{text}{_E}{rating}"
 
 # %% ../nbs/03_thoughts.ipynb #1aa4ddf0
 @patch
