@@ -123,9 +123,10 @@ _same("thinkarm", " ".join(STEP_LABELS), "MingLiiii/ThinkARM")
 _same("memento", "block memento", "microsoft/memento")
 _same("sentences", "sentence", "tracebook")
 
-# %% ../nbs/04_steps.ipynb #a2359814
+# %% ../nbs/04_steps.ipynb #7209a655
 def _mapped(name: str, source: str, macro_of: dict[str, str]) -> None: TAXONOMIES[name] = Taxonomy(name, tuple(macro_of), macro_of, source)
 
+# %% ../nbs/04_steps.ipynb #ad39ed4c
 _mapped("venhoff", "cvenhoff/steering-thinking-llms", {"initializing": "Read", "deduction": "Implement", "adding-knowledge": "Analyze",
     "example-testing": "Verify", "uncertainty-estimation": "Monitor", "backtracking": "Explore"})
 _mapped("thought-anchors", "interp-reasoning/thought-anchors", dict(problem_setup="Read", plan_generation="Plan", fact_retrieval="Analyze", active_computation="Implement",
@@ -148,6 +149,8 @@ def of(cls: Taxonomy,
 # %% ../nbs/04_steps.ipynb #3e196164
 _WORD = re.compile(r"\S+")
 
+def _squeeze(text: str) -> str: return "".join(_WORD.findall(text))
+
 class _Squeezed:
     "A text without its white space, and the way back to its offsets."
     def __init__(self, text: str):
@@ -156,17 +159,18 @@ class _Squeezed:
         self.at = list(accumulate((e - s for s, e in spans), initial=0)) # of the words, squeezed
         self.text = _squeeze(text)
 
-    def span(self, start: int, end: int) -> tuple[int, int]: # of at least one character
-        "Offsets in the text of squeezed offsets."
-        i, j = (bisect_right(self.at, p, hi=len(self.starts)) - 1 for p in (start, end - 1))
-        return self.starts[i] + start - self.at[i], self.starts[j] + end - self.at[j]
+# %% ../nbs/04_steps.ipynb #f314aa7b
+@patch
+def span(self: _Squeezed, start: int, end: int) -> tuple[int, int]: # of at least one character
+    "Offsets in the text of squeezed offsets."
+    i, j = (bisect_right(self.at, p, hi=len(self.starts)) - 1 for p in (start, end - 1))
+    return self.starts[i] + start - self.at[i], self.starts[j] + end - self.at[j]
 
-    def before(self, offset: int) -> int:
-        "How many characters other than white space stand before an offset of the text."
-        i = bisect_left(self.starts, offset) - 1
-        return 0 if i < 0 else min(self.at[i] + offset - self.starts[i], self.at[i + 1])
-
-def _squeeze(text: str) -> str: return "".join(_WORD.findall(text))
+@patch
+def before(self: _Squeezed, offset: int) -> int:
+    "How many characters other than white space stand before an offset of the text."
+    i = bisect_left(self.starts, offset) - 1
+    return 0 if i < 0 else min(self.at[i] + offset - self.starts[i], self.at[i + 1])
 
 # %% ../nbs/04_steps.ipynb #1adf4c3b
 _M1, _M2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
@@ -201,14 +205,19 @@ def _occurrences(
 # %% ../nbs/04_steps.ipynb #ab0ab5ee
 _PLACES = 4_000_000 # places looked at on one level, if all pieces are equally frequent
 
-def _find_level(h: np.ndarray, first: np.ndarray, last: np.ndarray, sizes: np.ndarray, width: int, pieces: list[str], found: dict) -> None:
-    "Add the places of pieces of one level."
+def _beginnings(h: np.ndarray, first: np.ndarray) -> np.ndarray: # positions, sorted by hash and then by place
+    "Where the text has the hash of any of these beginnings."
     table, shift = np.zeros(1 << 20, bool), np.uint64(44)
     table[first >> shift] = True
     at = np.flatnonzero(table[h >> shift])
     at = at[np.isin(h[at], first)]
-    at = at[np.argsort(h[at], kind="stable")]
-    keys, order = h[at], np.lexsort((last, sizes, first))
+    return at[np.argsort(h[at], kind="stable")]
+
+# %% ../nbs/04_steps.ipynb #1b644229
+def _find_level(h: np.ndarray, first: np.ndarray, last: np.ndarray, sizes: np.ndarray, width: int, pieces: list[str], found: dict) -> None:
+    "Add the places of pieces of one level."
+    at, order = _beginnings(h, first), np.lexsort((last, sizes, first))
+    keys = h[at]
     groups = [(x, list(group)) for x, group in groupby(order, key=lambda i: (first[i], sizes[i]))]
     for (key, size), group in groups:
         here = at[np.searchsorted(keys, key):np.searchsorted(keys, key, "right")]
@@ -578,7 +587,7 @@ class StepTrace:
 
     def __len__(self) -> int: return len(self.steps)
 
-# %% ../nbs/04_steps.ipynb #1f6cfa80
+# %% ../nbs/04_steps.ipynb #7a84ccb5
 @patch
 def text_of(self: StepTrace,
     step: StepAnnotation | UnalignedStep, # one of this trace
@@ -586,6 +595,7 @@ def text_of(self: StepTrace,
     "The text of a step."
     return step.text if isinstance(step, UnalignedStep) else self.trace.text_of(step.span)
 
+# %% ../nbs/04_steps.ipynb #faed8a32
 @patch(as_prop=True)
 def text_sha256(self: StepTrace) -> str: # 64 hexadecimal digits
     "The hash of the response, to be kept beside offsets into it."
@@ -608,7 +618,7 @@ def coverage(self: StepTrace) -> dict[str, float | None]: # `steps`, `characters
         out[name] = sum(cut(s.span.end) - cut(s.span.start) for s in self.steps) / size if size else None
     return dict(steps=len(self.steps) / total if total else None, characters=out.pop("characters"), **out)
 
-# %% ../nbs/04_steps.ipynb #a69cd8e3
+# %% ../nbs/04_steps.ipynb #3377864a
 class _Draft(NamedTuple):
     "A step on its way."
     index: int
@@ -623,6 +633,7 @@ class _Draft(NamedTuple):
     macro: str | None = None # where it is given and needs no taxonomy
     at: tuple[int, int] | None = None # where an issue points, if there is no span
 
+# %% ../nbs/04_steps.ipynb #b1b90f65
 _UNLABELLED = "unlabelled" # the label of a step that has none
 
 def _tags(value: Any) -> tuple[str, ...]:
@@ -651,6 +662,22 @@ def _aligned(
     return [placed(d) for d in drafts]
 
 # %% ../nbs/04_steps.ipynb #214c8739
+def _labelled(d: _Draft, taxonomy: Taxonomy, where: dict) -> StepAnnotation | UnalignedStep: # where: the segments
+    "A draft with its labels looked up, as a step with a place or without one."
+    category, macro, _ = taxonomy.lookup(d.tags[0]) if d.macro is None else (d.tags[0], d.macro, True)
+    if not d.span: return UnalignedStep(d.index, d.tags[0], category, macro, d.text, d.how, d.why, d.score)
+    return StepAnnotation(d.index, d.tags[0], category, macro, Span("step", *d.span, d.complete), _segment_at(where, *d.span), d.score, d.how, d.tags)
+
+# %% ../nbs/04_steps.ipynb #6c234f8a
+def _notes(d: _Draft, made: StepAnnotation | UnalignedStep, spot: tuple[int, int], taxonomy: Taxonomy) -> Iterator[tuple]: # of (code, start, end, message)
+    "The issues of one draft."
+    if isinstance(made, UnalignedStep): yield d.how, *spot, f"Step {d.index} is put aside: {d.why}." if d.why else ""
+    elif d.segment not in (None, made.segment): yield "segment_mismatch", *spot, f"Step {d.index} is annotated as {d.segment} and stands in the {made.segment}."
+    if d.how == "bad_step" or d.macro is not None: return
+    for x in d.tags:
+        if not taxonomy.lookup(x)[2]: yield "unknown_label", *spot, f"Step {d.index} has the label {visible(x[:80])!r}."
+
+# %% ../nbs/04_steps.ipynb #376b341f
 def _build(
     text: str, # the response
     drafts: list[_Draft], # in the annotators' order
@@ -661,22 +688,15 @@ def _build(
     markers: Iterable[Span] | None = None, # None: the thinking tags of the response
 ) -> StepTrace:
     "The trace of drafts whose spans, in order, do not overlap."
-    base, steps, aside, notes, cursor = parse(text), [], [], list(found), 0
+    base, made, notes, cursor = parse(text), [], list(found), 0
     where = _segments_of(base)
     for d in drafts:
-        spot = d.span or d.at or (cursor, cursor)
-        category, macro, _ = taxonomy.lookup(d.tags[0]) if d.macro is None else (d.tags[0], d.macro, True)
-        if d.span:
-            cursor, segment = d.span[1], _segment_at(where, *d.span)
-            steps.append(StepAnnotation(d.index, d.tags[0], category, macro, Span("step", *d.span, d.complete), segment, d.score, d.how, d.tags))
-            if d.segment not in (None, segment): notes.append(("segment_mismatch", *d.span, f"Step {d.index} is annotated as {d.segment} and stands in the {segment}."))
-        else:
-            aside.append(UnalignedStep(d.index, d.tags[0], category, macro, d.text, d.how, d.why, d.score))
-            notes.append((d.how, *spot, f"Step {d.index} is put aside: {d.why}." if d.why else ""))
-        notes += [("unknown_label", *spot, f"Step {d.index} has the label {visible(x[:80])!r}.") for x in d.tags if d.how != "bad_step" and d.macro is None and not taxonomy.lookup(x)[2]]
-    steps.sort(key=lambda s: s.span)
-    spans = _partition(len(text), [s.span for s in steps], [s for s in base.spans if s.kind == "marker"] if markers is None else markers)
-    return _covered(Trace(text, spans, (), "steps"), steps, aside, taxonomy, form, notes, least)
+        made.append(_labelled(d, taxonomy, where))
+        notes += _notes(d, made[-1], d.span or d.at or (cursor, cursor), taxonomy)
+        if d.span: cursor = d.span[1]
+    steps, aside = (sorted((s for s in made if isinstance(s, StepAnnotation)), key=lambda s: s.span), [s for s in made if isinstance(s, UnalignedStep)])
+    markers = [s for s in base.spans if s.kind == "marker"] if markers is None else markers
+    return _covered(Trace(text, _partition(len(text), [s.span for s in steps], markers), (), "steps"), steps, aside, taxonomy, form, notes, least)
 
 # %% ../nbs/04_steps.ipynb #512540cb
 def _partition(size: int, steps: list[Span], markers: Iterable[Span]) -> tuple[Span, ...]:
@@ -701,7 +721,7 @@ def _covered(trace: Trace, steps: list, aside: list, taxonomy: Taxonomy, form: s
     issues = tuple(Issue.of(*n) for n in sorted(notes, key=lambda n: n[1:3]))
     return StepTrace(Trace._trusted(trace.text, trace.spans, issues, "steps", None), *(getattr(made, f) for f in ("steps", "unaligned", "taxonomy", "form")))
 
-# %% ../nbs/04_steps.ipynb #e725e074
+# %% ../nbs/04_steps.ipynb #94fbe7f9
 class Form(NamedTuple):
     "How one form of annotation keeps its steps."
     taxonomy: str # key of `TAXONOMIES`
@@ -712,6 +732,7 @@ class Form(NamedTuple):
     response: tuple[str, ...] = () # keys of a row that may hold the response
     steps: tuple[str, ...] = () # keys of a row that may hold the annotation
 
+# %% ../nbs/04_steps.ipynb #f105e88e
 FORMS: dict[str, Form] = {} # by name
 
 FORMS["inline"] = Form("venhoff", "labels in the text", response=("full_response", "response"), steps=("annotated_response", "annotated_thinking", "annotated"))
@@ -722,14 +743,16 @@ FORMS["memento"] = Form("memento", "blocks and mementos of the text itself")
 FORMS["text"] = Form("sentences", "sentences of the text itself")
 FORMS["steps"] = Form("thinkarm", "a column of offsets and categories", response=("response",), steps=("steps",))
 
+# %% ../nbs/04_steps.ipynb #e4e0bbbe
 def _taxonomy_for(form: str, taxonomy: Taxonomy | str | None) -> Taxonomy:
     if taxonomy is not None: return Taxonomy.of(taxonomy)
     return Taxonomy.of(FORMS[form].taxonomy) | Taxonomy.of(None)
 
-# %% ../nbs/04_steps.ipynb #1087b38c
+# %% ../nbs/04_steps.ipynb #283949df
 _END = "end-section"
 _LABEL = re.compile(r'\["([^"\[\]\n]{1,80})"\]')
 
+# %% ../nbs/04_steps.ipynb #1b62aad3
 def parse_inline(
     marked: str, # a text with `["label"]` and `["end-section"]`
     taxonomy: Taxonomy | str | None = None, # None: that of the form, then the default
@@ -775,11 +798,12 @@ def _list_drafts(steps: Sequence, form: Form) -> list[_Draft]:
         out.append(_Draft(i, _tags(label), text, segment=_SEGMENTS.get(said.strip().lower()) if isinstance(said, str) else None))
     return out
 
-# %% ../nbs/04_steps.ipynb #51fde910
+# %% ../nbs/04_steps.ipynb #1591be06
 def _read_list(steps: Sequence, response: str, form: str, taxonomy: Taxonomy, least: float, options: dict) -> StepTrace:
     "Chunks or sentences, aligned."
     return _build(response, _aligned(response, _list_drafts(steps, FORMS[form]), **options), taxonomy, form, least=least)
 
+# %% ../nbs/04_steps.ipynb #43dd68da
 def _read_inline(marked: str, response: str | None, taxonomy: Taxonomy, least: float, options: dict) -> StepTrace:
     "A marked text: of itself, or aligned to the response."
     inline = parse_inline(marked, taxonomy, only_known=options.pop("only_known", False))
@@ -830,10 +854,11 @@ def _read_nodes(nodes: Sequence, response: str, taxonomy: Taxonomy, least: float
             for d in some: drafts[d.index] = d._replace(how="unaligned_step", why="the steps around it are not in the order of the text")
     return _build(response, _without_overlap(drafts), taxonomy, "nodes", lost, least)
 
-# %% ../nbs/04_steps.ipynb #c9ea2773
+# %% ../nbs/04_steps.ipynb #dd404068
 _STOP = re.compile(r"""(?<=[.!?…])["'”’)\]*_]{0,4}\s+|(?<=[。！？])["'”’」』)\]*_]{0,4}\s*|\n\s*\n\s*|\n\s*(?=(?:[-*+•]|\d{1,3}[.)])\s)""")
 _ABBREVIATED = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|approx|resp|Eqs?|Figs?|Dr|Mrs?|Ms|Prof)|(?:^|\n)[^\S\n]*\d{1,3})\.$") # or the number of a list item
 
+# %% ../nbs/04_steps.ipynb #b838c452
 def split_sentences(
     text: str, # any text
     start: int = 0, # offset where to begin
@@ -862,6 +887,28 @@ def _own_drafts(text: str) -> tuple[str, list[_Draft]]:
     return "text", [_Draft(i, ("sentence",), "", x) for i, x in enumerate(x for s in bodies for x in split_sentences(text, s.start, s.end))]
 
 # %% ../nbs/04_steps.ipynb #6cc92a9b
+def _check_step(
+    s: Any, # what should be a step
+    at: int, # where the one before it ends
+    size: int, # code points of the response
+    where: str, # named in errors
+) -> int: # where it ends
+    "ValueError for a step that is wrong."
+    if not isinstance(s, Mapping): raise ValueError(f"{where} must be an object, got {type(s).__name__}")
+    if lost := [k for k in ("start", "end", "category", "macro") if k not in s]: raise ValueError(f"{where} has no {lost[0]!r}")
+    if odd := [k for k in ("start", "end") if type(s[k]) is not int]: raise ValueError(f"{where}: {odd[0]} must be a whole number, got {s[odd[0]]!r}")
+    if odd := [k for k in ("category", "macro") if not isinstance(s[k], str)]: raise ValueError(f"{where}: {odd[0]} must be a text, got {s[odd[0]]!r}")
+    if not 0 <= s["start"] < s["end"] <= size: raise ValueError(f"{where}: offsets {s['start']} to {s['end']} are no stretch of a response of {size} characters")
+    if s["start"] < at: raise ValueError(f"{where} starts at {s['start']}, before the step before it ends at {at}")
+    return s["end"]
+
+# %% ../nbs/04_steps.ipynb #25a50929
+def _of_lists(steps: Mapping, where: str) -> list[dict]:
+    "An object of lists as a list of objects."
+    if not all(isinstance(v, (list, tuple)) for v in steps.values()) or len({len(v) for v in steps.values()}) > 1: raise ValueError(f"{where}: steps is an object, but not one of lists of the same length")
+    return [dict(zip(steps, x)) for x in zip(*steps.values())]
+
+# %% ../nbs/04_steps.ipynb #91c40118
 def check_steps(
     steps: Any, # list of objects with start, end, category, macro; or an object of four lists, as older versions of datasets give it
     size: int, # code points of the response
@@ -871,22 +918,10 @@ def check_steps(
     if isinstance(steps, Mapping): steps = _of_lists(steps, where)
     if not isinstance(steps, (list, tuple)): raise ValueError(f"{where}: steps must be a list of objects, got {type(steps).__name__}")
     at = 0
-    for i, s in enumerate(steps):
-        if not isinstance(s, Mapping): raise ValueError(f"{where}: step {i} must be an object, got {type(s).__name__}")
-        if lost := [k for k in ("start", "end", "category", "macro") if k not in s]: raise ValueError(f"{where}: step {i} has no {lost[0]!r}")
-        if odd := [k for k in ("start", "end") if type(s[k]) is not int]: raise ValueError(f"{where}: step {i}: {odd[0]} must be a whole number, got {s[odd[0]]!r}")
-        if odd := [k for k in ("category", "macro") if not isinstance(s[k], str)]: raise ValueError(f"{where}: step {i}: {odd[0]} must be a text, got {s[odd[0]]!r}")
-        if not 0 <= s["start"] < s["end"] <= size: raise ValueError(f"{where}: step {i}: offsets {s['start']} to {s['end']} are no stretch of a response of {size} characters")
-        if s["start"] < at: raise ValueError(f"{where}: step {i} starts at {s['start']}, before the step before it ends at {at}")
-        at = s["end"]
+    for i, s in enumerate(steps): at = _check_step(s, at, size, f"{where}: step {i}")
     return list(steps)
 
 # %% ../nbs/04_steps.ipynb #5854a005
-def _of_lists(steps: Mapping, where: str) -> list[dict]:
-    "An object of lists as a list of objects."
-    if not all(isinstance(v, (list, tuple)) for v in steps.values()) or len({len(v) for v in steps.values()}) > 1: raise ValueError(f"{where}: steps is an object, but not one of lists of the same length")
-    return [dict(zip(steps, x)) for x in zip(*steps.values())]
-
 def _read_column(steps: Any, response: str, taxonomy: Taxonomy, keep: bool) -> StepTrace:
     "The column as a trace; `keep`: with the macro labels that it has."
     drafts = [_Draft(i, (s["category"],), "", (s["start"], s["end"]), macro=s["macro"] if keep else None) for i, s in enumerate(check_steps(steps, len(response)))]
@@ -1068,7 +1103,7 @@ def _repr_html_(self: StepTrace, limit: int = 20_000) -> str:
         out.append(escape(text) if s is None else f'<span title="{title}" {ground(s.macro)}>{escape(text)}</span>')
     return "".join(out) + "</div>" + (f"<p>{len(self.text) - limit:,} characters more</p>" if len(self.text) > limit else "")
 
-# %% ../nbs/04_steps.ipynb #b555fede
+# %% ../nbs/04_steps.ipynb #21243d77
 _TERMINAL = dict(Read="blue", Analyze="cyan", Plan="yellow", Implement="green", Explore="magenta", Verify="red", Monitor="bright_yellow", Answer="bold", block="cyan", memento="yellow")
 
 @patch
@@ -1083,6 +1118,7 @@ def to_rich(self: StepTrace,
         out.append(text, style=_TERMINAL.get(s.macro, "") if s else "dim")
     return out.append(f"\n… {len(self.text) - limit:,} characters more") if len(self.text) > limit else out
 
+# %% ../nbs/04_steps.ipynb #15ee301e
 @patch
 def show(self: StepTrace,
     console: Any = None, # a rich Console; None: the terminal
@@ -1096,9 +1132,10 @@ def show(self: StepTrace,
 def plot_steps(
     traces: Sequence[StepTrace], # any number of them
     bins: int = 20, # stretches of equal length into which each response is cut
-) -> Figure: # not shown yet; ValueError if there are no steps
+) -> Figure: # not shown yet; ValueError if there are no steps or no bins
     "The share of each macro label by relative depth."
     import matplotlib.pyplot as plt
+    if bins < 1: raise ValueError(f"bins={bins}; there must be at least one")
     found = [(s.macro, s.span, len(t.text)) for t in traces for s in t.steps]
     if not found: raise ValueError("no steps to plot")
     labels = [m for m in _GROUNDS if any(m == x[0] for x in found)] + sorted({x[0] for x in found} - _GROUNDS.keys())
