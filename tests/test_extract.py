@@ -627,9 +627,13 @@ def test_models_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("more, says", [(dict(dtype="int8"), "cannot be stored"), (dict(layers=3), "numbers from 0 to 2"), (dict(layers=[]), "at least one"), (dict(layers=True), "there is no True"), (dict(stage="logits"), "unknown"), (dict(stage="final_norm", layers=0), "middle layers"),
-    (dict(max_tokens_per_batch=0), "at least one token"), (dict(max_length=0), "at least one token"), (dict(shard_size="huge"), "no size"), (dict(unreadable="ignore"), "choose skip or raise"), (dict(rank=2, world_size=2), "counted from 0"), (dict(root="x"), "not both"), (dict(compute_dtype="bfloat16"), "computes in torch.float32")])
+    (dict(max_tokens_per_batch=0), "at least one token"), (dict(max_length=0), "at least one token"), (dict(shard_size="huge"), "no size"), (dict(unreadable="ignore"), "choose skip or raise"), (dict(rank=2, world_size=2), "counted from 0"), (dict(root="x"), "not both"), (dict(compute_dtype="bfloat16"), "computes in torch.float32"),
+    (dict(compute_dtype="nope"), "no type to compute in"), (dict(compute_dtype="int8"), "no type to compute in"), (dict(device="nope"), "device='nope' cannot be used"), (dict(device="meta"), "device='meta' cannot be used"), (dict(device="cuda:99"), "device='cuda:99' cannot be used"),
+    (dict(attn_implementation="nope"), "attn_implementation='nope' cannot be used"), (dict(max_length=20.5), "a whole number of them")])
 def test_settings_that_mean_nothing(tmp_path, llama, more, says):
+    attention = llama.config._attn_implementation
     with pytest.raises(ValueError, match=says): run(llama, ROWS, tmp_path, **more)
+    assert llama.config._attn_implementation == attention and not list(tmp_path.rglob("*.*"))
 
 
 # by name, in a tree, by several processes
@@ -645,6 +649,30 @@ def test_by_name_and_in_a_tree(tmp_path, llama):
     assert config["model"] == "Tiny-Llama" and str(tmp_path) not in json.dumps(config)
     assert matrix(extract_hidden_states(str(place), ROWS, tmp_path/"half", compute_dtype="bfloat16", **QUIET).folder).dtype == torch.bfloat16
     assert read(tmp_path/"half", "config")["extraction"]["compute_dtype"] == "bfloat16"
+
+
+def test_a_tokenizer_by_name(tmp_path, llama):
+    "A tokenizer may be named, whatever the model is."
+    llama.save_pretrained(tmp_path/"model")
+    TOK.save_pretrained(tmp_path/"words")
+    run(llama, ROWS, tmp_path/"a")
+    for name, model in dict(b=llama, c=tmp_path/"model", d=str(tmp_path/"model")).items():
+        run(model, ROWS, tmp_path/name, tokenizer=tmp_path/"words" if name == "c" else str(tmp_path/"words"))
+        assert torch.equal(matrix(tmp_path/name), matrix(tmp_path/"a")), name
+    toy = str(Path(extract.__file__).parent/"toy_model")
+    assert extract_hidden_states(None, toy_traces(1), tmp_path/"e", tokenizer=toy, **QUIET).num_tokens == 386
+
+
+def test_one_matrix_and_several_are_not_mixed(tmp_path, llama):
+    "A folder means one matrix, so neither may lie inside of the other, also not when a call begins again."
+    run(llama, ROWS, tmp_path/"one")
+    run(llama, ROWS, tmp_path/"several", layers=[0, "embeddings"])
+    before = files(tmp_path)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="the matrix of one layer, and the folders of several"): run(llama, ROWS, tmp_path/"one", layers=[0, 1], resume=resume)
+        with pytest.raises(ValueError, match="for each of several layers, such as embeddings"): run(llama, ROWS, tmp_path/"several", resume=resume)
+    assert files(tmp_path) == before and sorted(p.name for p in (tmp_path/"one").glob("layer*")) == []
+    assert run(llama, ROWS, tmp_path/"several", layers=[0, 1]).complete and list(HiddenStates.open_layers(tmp_path/"several")) == [0, 1, "embeddings"]
 
 
 def test_published_names():

@@ -662,10 +662,10 @@ def test_plot():
     fig.canvas.draw()
     with pytest.raises(ValueError, match="no steps"): plot_steps([])
 
+
 @pytest.mark.parametrize("bins", [0, -3])
 def test_a_plot_has_bins(bins):
     with pytest.raises(ValueError, match="at least one"): plot_steps([parse_steps("One. Two.")], bins=bins)
-
 
 
 def test_offsets_are_of_the_untouched_text():

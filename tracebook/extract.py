@@ -249,16 +249,22 @@ def _without_tokens(steps: list[dict], tokens: TokenMap, n: int) -> list[dict]:
     return out
 
 # %% ../nbs/13_extract.ipynb #d5741dba
+def _step_entries(row: Mapping, at: np.ndarray, n: int) -> list[dict]: # at: the place of each token; n: tokens that are stored
+    "The steps of a row, in characters and in tokens."
+    steps = row_steps(row)
+    places = _ranges(at, [(s["start"], s["end"]) for s in steps], n)
+    return [dict(token_start=a, token_end=b, char_start=s["start"], char_end=s["end"], category=s["category"], macro=s["macro"], segment=s["segment"]) for s, (a, b) in zip(steps, places)]
+
+# %% ../nbs/13_extract.ipynb #60133aec
 def _entry(sample: _Sample, n: int, number: int) -> dict: # n: tokens of the response that are stored; number: of the row
     "What the index says about a sample, without its place among the others."
-    steps, text, tokens, at = row_steps(sample.row), sample.row["response"], sample.tokens, _belongs(sample.tokens)
-    places = _ranges(at, [(s["start"], s["end"]) for s in steps], n)
-    steps = [dict(token_start=a, token_end=b, char_start=s["start"], char_end=s["end"], category=s["category"], macro=s["macro"], segment=s["segment"]) for s, (a, b) in zip(steps, places)]
-    parts = {k: v and _ranges(at, [v], n)[0] for k, v in segments(text).items()}
+    text, tokens, at = sample.row["response"], sample.tokens, _belongs(sample.tokens)
+    steps = _step_entries(sample.row, at, n)
     aligned = sum(s["char_end"] - s["char_start"] for s in steps if s["token_end"] > s["token_start"])
-    ids = hashlib.sha256(tokens.ids[:n].astype("<i8").tobytes()).hexdigest()
-    return dict(id=str(sample.row.get("id", number)), row=number, num_tokens=n, prompt_tokens=len(sample.prompt), truncated=len(tokens) - n, text_sha256=hashlib.sha256(text.encode()).hexdigest(), token_ids_sha256=ids,
-        segments=parts, steps=steps, alignment=dict(aligned_chars=aligned, total_chars=len(text), unaligned=_without_tokens(steps, tokens, n)))
+    return dict(id=str(sample.row.get("id", number)), row=number, num_tokens=n, prompt_tokens=len(sample.prompt), truncated=len(tokens) - n,
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(), token_ids_sha256=hashlib.sha256(tokens.ids[:n].astype("<i8").tobytes()).hexdigest(),
+        segments={k: v and _ranges(at, [v], n)[0] for k, v in segments(text).items()}, steps=steps,
+        alignment=dict(aligned_chars=aligned, total_chars=len(text), unaligned=_without_tokens(steps, tokens, n)))
 
 # %% ../nbs/13_extract.ipynb #4cb38fe9
 class _Census:
@@ -501,13 +507,14 @@ def abandon(self: _Shard) -> None:
     self.file.close()
     self.temp.unlink(missing_ok=True)
 
-# %% ../nbs/13_extract.ipynb #14a6668a
+# %% ../nbs/13_extract.ipynb #97da0c41
 def _sync_folder(folder: Path) -> None:
     if os.name == "nt": return # folders cannot be opened there
     handle = os.open(folder, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/13_extract.ipynb #68b7a078
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -857,15 +864,21 @@ def _versions() -> dict[str, str]:
     return dict(transformers=transformers.__version__, torch=torch.__version__)
 
 # %% ../nbs/13_extract.ipynb #444f43cd
+def _how(run: _Run, given: Mapping) -> dict:
+    "The settings that decide which bits come out; `given`: those of the call."
+    dtype, attention = str(run.stack.embedding.dtype).removeprefix("torch."), getattr(run.stack.config, "_attn_implementation", None)
+    return dict(_versions(), device=run.stack.device.type, compute_dtype=dtype, attn=attention, packing="packed" if run.packed else "bucketed",
+        position_ids="restart with each sample", deterministic=run.deterministic, max_tokens_per_batch=run.budget, **given)
+
+# %% ../nbs/13_extract.ipynb #58be791d
 def _describe(run: _Run, model: Any, tokenizer: Any, given: Mapping) -> dict:
     "What is the same for all targets; `given`: settings of the call."
-    census, config = run.census, run.stack.config
-    labels = _json(sorted(census.labels, key=str))
-    how = dict(_versions(), device=run.stack.device.type, compute_dtype=str(run.stack.embedding.dtype).removeprefix("torch."), attn=getattr(config, "_attn_implementation", None),
-        packing="packed" if run.packed else "bucketed", position_ids="restart with each sample", deterministic=run.deterministic, max_tokens_per_batch=run.budget, **given)
-    return dict(schema="tracebook/representations/1", model=_model_name(model), weights=_weights_hash(run.stack.base), tokenizer=tokenizer_name(tokenizer), tokenizer_sha256=tokenizer_hash(tokenizer),
-        revision=getattr(model.config, "_commit_hash", None), num_hidden_layers=config.num_hidden_layers, hidden_dim=run.dim, dtype=run.dtype, num_tokens=int(census.rows[-1]), num_samples=len(census), num_steps=census.counts["steps"],
-        num_truncated=census.counts["truncated"], unreadable=dict(count=len(census.unreadable), rows=census.unreadable[:100]), extraction=how, source=dict(traces_sha256=census.digest.hexdigest(), taxonomy=None, label_map_sha256=hashlib.sha256(labels).hexdigest()))
+    census, labels = run.census, _json(sorted(run.census.labels, key=str))
+    of_model = dict(model=_model_name(model), weights=_weights_hash(run.stack.base), revision=getattr(model.config, "_commit_hash", None), num_hidden_layers=run.stack.config.num_hidden_layers, hidden_dim=run.dim)
+    of_input = dict(tokenizer=tokenizer_name(tokenizer), tokenizer_sha256=tokenizer_hash(tokenizer), num_tokens=int(census.rows[-1]), num_samples=len(census), num_steps=census.counts["steps"],
+        num_truncated=census.counts["truncated"], unreadable=dict(count=len(census.unreadable), rows=census.unreadable[:100]))
+    source = dict(traces_sha256=census.digest.hexdigest(), taxonomy=None, label_map_sha256=hashlib.sha256(labels).hexdigest())
+    return dict(schema="tracebook/representations/1", dtype=run.dtype, extraction=_how(run, given), source=source, **of_model, **of_input)
 
 # %% ../nbs/13_extract.ipynb #5f6ee1d8
 _FOUND = ("shards", "index_sha256", "complete", "extraction.parity", "extraction.oom_splits") # no settings
@@ -1049,9 +1062,17 @@ class Manifest(NamedTuple):
     waited: float # of these, seconds in which the model waited for the disk
     complete: bool # False: other processes are not ready
 
-    def __repr__(self) -> str:
-        more = [x for x in (f"{self.kept} kept" * bool(self.kept), f"{_count(len(self.unreadable), 'row')} unreadable" * bool(self.unreadable), f"{self.truncated} cut off" * bool(self.truncated), "not complete" * (not self.complete)) if x]
-        return f"Manifest({visible(self.folder.name)}: {_count(self.num_samples, 'sample')}, {_count(self.num_tokens, 'token')} × {self.hidden_dim:,}, {_count(self.num_steps, 'step')}, {len(self.folders):,} matri{'x' if len(self.folders) == 1 else 'ces'}, {_count(self.shards, 'shard')}{''.join(f', {m}' for m in more)})"
+
+# %% ../nbs/13_extract.ipynb #3f68d31e
+@patch
+def __repr__(self: Manifest) -> str:
+    matrices = f"{len(self.folders):,} matri{'x' if len(self.folders) == 1 else 'ces'}"
+    parts = [_count(self.num_samples, "sample"), f"{_count(self.num_tokens, 'token')} × {self.hidden_dim:,}", _count(self.num_steps, "step"), matrices, _count(self.shards, "shard")]
+    if self.kept: parts.append(f"{self.kept} kept")
+    if self.unreadable: parts.append(f"{_count(len(self.unreadable), 'row')} unreadable")
+    if self.truncated: parts.append(f"{self.truncated} cut off")
+    if not self.complete: parts.append("not complete")
+    return f"Manifest({visible(self.folder.name)}: {', '.join(parts)})"
 
 # %% ../nbs/13_extract.ipynb #0f9755c2
 def _load(name: str | Path, tokenizer: Any, compute: Any, attention: str | None, revision: str | None, device: Any) -> tuple[Any, Any]: # (a decoder without head, its tokenizer)
@@ -1061,37 +1082,59 @@ def _load(name: str | Path, tokenizer: Any, compute: Any, attention: str | None,
     tokenizer = tokenizer or (AutoTokenizer.from_pretrained(name, **more) if revision else load_tokenizer(name))
     try:
         with _quietly(): model = AutoModel.from_pretrained(name, dtype=compute or "auto", **more, **(dict(attn_implementation=attention) if attention else {}))
-    except (OSError, ValueError) as e: raise ValueError(f"cannot load the model {name!r}: give a name on the hub that can be reached or is cached, or a folder ({' '.join(str(e).split())[:300]})") from e
+    except (OSError, ValueError, ImportError) as e: raise ValueError(f"cannot load the model {name!r}: give a name on the hub that can be reached or is cached, or a folder ({' '.join(str(e).split())[:300]})") from e
     return model.to(device or _default_device()), tokenizer
 
 # %% ../nbs/13_extract.ipynb #8febb8d1
 def _default_device() -> str: return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+# %% ../nbs/13_extract.ipynb #50a9b333
+def _check_device(device: Any) -> None:
+    "ValueError for a device that is not there, or holds no numbers."
+    try: None if device is None else torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"device={str(device)[:80]!r} cannot be used: {str(e).splitlines()[0][:200]}") from e
+
+def _compute_type(name: Any) -> torch.dtype | None: # None: that of the model
+    "The type that a model computes in; ValueError if it is none."
+    out = None if name is None else getattr(torch, str(name).removeprefix("torch."), None)
+    if name is not None and not (isinstance(out, torch.dtype) and out.is_floating_point): raise ValueError(f"compute_dtype={name!r} is no type to compute in; choose {', '.join(_TYPES)}")
+    return out
+
+# %% ../nbs/13_extract.ipynb #a08b0a53
+def _set_attention(model: Any, name: str) -> None:
+    "ValueError for an attention that transformers does not know or that is not installed."
+    try: model.set_attn_implementation(name)
+    except (ValueError, ImportError) as e: raise ValueError(f"attn_implementation={name!r} cannot be used: {' '.join(str(e).split())[:300]}") from e
 
 # %% ../nbs/13_extract.ipynb #c1bf6ff9
 @contextmanager
 def _borrowed(model: Any, device: Any, attention: str | None) -> Iterator[None]:
     "A model in eval mode, on a device, with an attention; as it was, afterwards."
     training, was, before = model.training, next(model.parameters()).device, getattr(model.config, "_attn_implementation", None)
-    if device is not None and torch.device(device) != was: model.to(device)
-    if attention and attention != before: model.set_attn_implementation(attention)
-    model.eval()
-    try: yield
+    moved, other = device is not None and torch.device(device) != was, bool(attention) and attention != before
+    try:
+        if moved: model.to(device)
+        if other: _set_attention(model, attention)
+        model.eval()
+        yield
     finally:
         model.train(training)
-        if attention and attention != before: model.set_attn_implementation(before)
-        if device is not None and torch.device(device) != was: model.to(was)
+        if other: model.set_attn_implementation(before)
+        if moved: model.to(was)
 
 # %% ../nbs/13_extract.ipynb #c18af0bd
 def _open_model(model: Any, tokenizer: Any, compute: Any, attention: str | None, revision: str | None, device: Any) -> tuple[Any, Any]: # (model, tokenizer)
     "The model and the tokenizer that are meant."
-    if compute is not None: compute = getattr(torch, str(compute).removeprefix("torch."))
+    _check_device(device)
+    compute = _compute_type(compute)
+    if isinstance(tokenizer, (str, Path)): tokenizer = load_tokenizer(_hub_name(tokenizer))
     if model is None:
         toy, own = load_toy(compute)
         return toy, tokenizer or own
     if isinstance(model, (str, Path)): return _load(model, tokenizer, compute, attention, revision, device)
     if compute not in (None, model.dtype): raise ValueError(f"the model computes in {model.dtype}; load it in {compute}, or give its name")
     if tokenizer is None and not getattr(model, "name_or_path", ""): raise ValueError("the model does not say which tokenizer it has; give one with tokenizer=")
-    return model, load_tokenizer(_hub_name(tokenizer or model.name_or_path)) if tokenizer is None or isinstance(tokenizer, (str, Path)) else tokenizer
+    return model, tokenizer or load_tokenizer(_hub_name(model.name_or_path))
 
 # %% ../nbs/13_extract.ipynb #9414572a
 def _bytes(size: int | str) -> int: # "1GB" is 10**9, "1GiB" is 2**30
@@ -1101,12 +1144,20 @@ def _bytes(size: int | str) -> int: # "1GB" is 10**9, "1GiB" is 2**30
     if out < 1: raise ValueError(f"shard_size={size!r} is no size; write 1GB, 500MB or a number of bytes")
     return out
 
+# %% ../nbs/13_extract.ipynb #fe1d2a75
+def _refuse_mixture(folder: Path, several: bool) -> None:
+    "ValueError where the matrix of one layer and folders of several would lie in one folder."
+    outer, inner = any(folder.glob("config*.json")), sorted(p.parent.name for pattern in ("layer_*", "embeddings") for p in folder.glob(f"{pattern}/config*.json"))
+    if several and outer: raise ValueError(f"{folder} holds the matrix of one layer, and the folders of several would lie inside it; give another folder")
+    if not several and inner: raise ValueError(f"{folder} holds a folder for each of several layers, such as {visible(inner[0])}, and one matrix would lie around them; give another folder")
+
 # %% ../nbs/13_extract.ipynb #17828fb9
 def _place(out_dir: Any, root: Any, targets: Sequence[Target], model: str) -> tuple[Path, dict[Target, Path]]: # (folder, folder of each target)
     "Where to write, with the folders made."
     if out_dir is not None and root is not None: raise ValueError("give out_dir (this folder) or root (a tree of models), not both")
     if root is not None: folder = Path(root) / "annotated_traces_reprs" / _folder_name(model)
     else: folder = Path(out_dir) if out_dir is not None else Path("hidden_states") / _folder_name(model)
+    _refuse_mixture(folder, len(targets) > 1)
     folders = {t: folder if len(targets) == 1 else folder / t.name for t in targets}
     for f in folders.values(): f.mkdir(parents=True, exist_ok=True)
     return folder, folders
@@ -1140,7 +1191,7 @@ def _parts(rank: int | None, world: int | None) -> _Parts:
 # %% ../nbs/13_extract.ipynb #2144f551
 def _limit(config: Any, max_length: int | None) -> int | None:
     "The most tokens of a sample: what was asked for, and no more than the model has positions."
-    if max_length is not None and max_length < 1: raise ValueError(f"max_length={max_length}: at least one token has to be read")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1): raise ValueError(f"max_length={max_length!r}: at least one token has to be read, and a whole number of them")
     return min((x for x in (max_length, getattr(config, "max_position_embeddings", None)) if x), default=None)
 
 # %% ../nbs/13_extract.ipynb #5059a272
@@ -1310,17 +1361,18 @@ def _file_in(folder: Path, name: str) -> Path: # with links followed
     if not stat.S_ISREG(mode): raise ValueError(f"{name}: not a regular file")
     return path
 
-# %% ../nbs/13a_states.ipynb #2e0f4838
+# %% ../nbs/13a_states.ipynb #34776013
+_ABSENT = object() # in the place of a value that is not there
+
 def _shown(value: Any) -> str: return "missing" if value is _ABSENT else visible(reprlib.repr(value))
 
+# %% ../nbs/13a_states.ipynb #481dcae2
 def _plain_name(name: Any, where: str) -> str:
     "A name that is one plain file name; ValueError for any other."
     plain = isinstance(name, str) and name == visible(name) and not set(name) & set("/\\:\t\n") and ".." not in name
     if not plain or name.startswith(".") or not name.endswith(".safetensors") or len(name.encode()) > 255:
         raise ValueError(f"{where}.file is {_shown(name)}; it must be one plain file name that ends in .safetensors")
     return name
-
-_ABSENT = object()
 
 # %% ../nbs/13a_states.ipynb #93d08bc8
 def _read_bytes(folder: Path, name: str, most: int) -> bytes:
@@ -1329,7 +1381,7 @@ def _read_bytes(folder: Path, name: str, most: int) -> bytes:
     if (size := path.stat().st_size) > most: raise ValueError(f"{name}: {size:,} bytes, more than max_json={most:,}")
     return path.read_bytes()
 
-# %% ../nbs/13a_states.ipynb #e0660b0a
+# %% ../nbs/13a_states.ipynb #0d66839d
 _MOST_ROWS = 1 << 40
 
 def _int_column(items: list[dict], key: str, where: Callable[[int], str]) -> np.ndarray: # int64
@@ -1339,6 +1391,7 @@ def _int_column(items: list[dict], key: str, where: Callable[[int], str]) -> np.
     i = next(i for i, v in enumerate(values) if type(v) is not int or not 0 <= v <= _MOST_ROWS)
     raise ValueError(f"{where(i)}.{key} is {_shown(values[i])}; it must be an integer from 0 to 2**40")
 
+# %% ../nbs/13a_states.ipynb #37b4d97f
 def _dict_list(x: dict, key: str, where: str) -> list[dict]:
     "A list of objects under a key; ValueError if it is none."
     values = x.get(key, _ABSENT)
@@ -1444,7 +1497,7 @@ class HiddenStates:
         self._read_index(_strict_json(data, "index.json"))
         if verify == "sha256": self._check_hashes()
 
-# %% ../nbs/13a_states.ipynb #67e4f91d
+# %% ../nbs/13a_states.ipynb #a77b6e6c
 SCHEMA = "tracebook/representations/1" # of the folders that this package writes
 
 @patch
@@ -1453,6 +1506,7 @@ def _doubt(self: HiddenStates, message: str) -> None:
     if self.config.get("schema") == SCHEMA: raise ValueError(message)
     self.doubts.append(message)
 
+# %% ../nbs/13a_states.ipynb #c8619c97
 @patch
 def _check_said(self: HiddenStates, key: str, found: Any, also: Collection = ()) -> None:
     "ValueError, or for a count perhaps a doubt, if the config has a key, and under it neither what was found nor one of `also`."
@@ -1479,7 +1533,7 @@ def _read_config(self: HiddenStates) -> None:
     self._check_said("num_tokens", self.num_tokens)
     self._read_kind(next(iter(kinds), None))
     for s in self._shards:
-        if s.path: self._mapped(s) # safetensors has its own opinion of a header
+        if s.path: self._mapped(s)
 
 # %% ../nbs/13a_states.ipynb #8ab7137f
 _DTYPE_NAMES = {str(d)[6:]: d for d in _DTYPES.values()} # such as "bfloat16"
@@ -1497,7 +1551,7 @@ def _read_kind(self: HiddenStates, kind: tuple | None) -> None:
     if width is not None: width = int(_int_column([self.config], "hidden_dim", lambda _: "config.json")[0])
     self.dtype, self.hidden_dim = known, width
 
-# %% ../nbs/13a_states.ipynb #1ae22c85
+# %% ../nbs/13a_states.ipynb #0fffc812
 @patch
 def _read_index(self: HiddenStates, index: dict) -> None:
     "Samples and steps as columns of numbers."
@@ -1512,6 +1566,7 @@ def _read_index(self: HiddenStates, index: dict) -> None:
     self._size_samples()
     for key in ("category", "macro", "segment"): setattr(self, "_" + key, _label_column(self._steps, key, self._where))
 
+# %% ../nbs/13a_states.ipynb #48534900
 @patch
 def _where(self: HiddenStates, k: int) -> str:
     "The place of a step in the index."
@@ -1556,7 +1611,7 @@ def _mapped(self: HiddenStates, shard: _ShardFile) -> torch.Tensor: # [rows of t
     if len(self._open) >= 64: self._open.pop(next(iter(self._open)))
     return self._open.setdefault(shard.file, found)
 
-# %% ../nbs/13a_states.ipynb #745fe495
+# %% ../nbs/13a_states.ipynb #d910c1a6
 @patch
 def _parts(self: HiddenStates, start: int, end: int) -> list[torch.Tensor]:
     "The rows [start, end), from all shards that have some of them."
@@ -1568,9 +1623,10 @@ def _parts(self: HiddenStates, start: int, end: int) -> list[torch.Tensor]:
     if sum(map(len, parts)) != end - start: raise ValueError(f"config.json: {sum(map(len, parts))} of the rows [{start}, {end}) are in the shards")
     return parts
 
+# %% ../nbs/13a_states.ipynb #a5a390d8
 @patch
 def _joined(self: HiddenStates, parts: list[torch.Tensor]) -> torch.Tensor:
-    if not parts and self.hidden_dim is None: raise ValueError(f"config.json: no hidden_dim, and no shard is there to tell how wide a row is")
+    if not parts and self.hidden_dim is None: raise ValueError("config.json: no hidden_dim, and no shard is there to tell how wide a row is")
     return torch.cat(parts) if parts else torch.empty(0, self.hidden_dim, dtype=self.dtype or torch.float32)
 
 # %% ../nbs/13a_states.ipynb #c6c1277f
@@ -1660,15 +1716,21 @@ class StepRows:
         if pooling == "first": self._b = self._a + 1
         if pooling == "last": self._a = self._b - 1
 
-    @property
-    def steps(self) -> int: return len(self._chosen) # steps with a token
+# %% ../nbs/13a_states.ipynb #9d2f123b
+@patch(as_prop=True)
+def steps(self: StepRows) -> int: # those with a token
+    "How many steps the rows are of."
+    return len(self._chosen)
 
-    @property
-    def num_rows(self) -> int: return int((self._b - self._a).sum()) if self.pooling == "all" else self.steps # of all blocks
+@patch(as_prop=True)
+def num_rows(self: StepRows) -> int: # of all blocks
+    "How many rows there are."
+    return int((self._b - self._a).sum()) if self.pooling == "all" else self.steps
 
-    def __len__(self) -> int: return -(-self.num_rows // self.block_rows) # blocks
+@patch
+def __len__(self: StepRows) -> int: return -(-self.num_rows // self.block_rows) # blocks
 
-# %% ../nbs/13a_states.ipynb #46034159
+# %% ../nbs/13a_states.ipynb #95711dab
 @patch
 def _labelled(self: StepRows, which: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
     "The labels of rows made of the tokens [a, b) of the chosen steps."
@@ -1676,9 +1738,10 @@ def _labelled(self: StepRows, which: np.ndarray, a: np.ndarray, b: np.ndarray) -
     out = dict(sample=s._sample[k], step=k - s._first[s._sample[k]], token_start=a, token_end=b)
     return out | dict(category=s._category[k], macro=s._macro[k], segment=s._segment[k])
 
+# %% ../nbs/13a_states.ipynb #4bbd52d4
 @patch
 def _gather(self: StepRows, k: np.ndarray, a: np.ndarray, b: np.ndarray) -> torch.Tensor:
-    "The tokens [a, b) of each of these steps, one after the other; what touches is read in one go."
+    "The tokens [a, b) of each of these steps, one after the other."
     offset = self.states._offset[self.states._sample[self._chosen[k]]]
     a, b = a + offset, b + offset
     new = np.flatnonzero(a[1:] != b[:-1]) + 1
@@ -1700,7 +1763,7 @@ def _tokens(self: StepRows) -> Iterator[tuple[torch.Tensor, dict]]:
         token = np.arange(low, high) + np.repeat(start, n)
         yield self._gather(k, a, b), self._labelled(np.repeat(k, n), token, token + 1)
 
-# %% ../nbs/13a_states.ipynb #85a8852f
+# %% ../nbs/13a_states.ipynb #d24dabf2
 _PIECE = 1024 # rows of a step that are up-cast at once
 
 @patch
@@ -1712,6 +1775,7 @@ def _mean(self: HiddenStates, start: int, end: int) -> torch.Tensor: # float64 [
         total += (parts[0] if len(parts) == 1 else torch.cat(parts)).double().sum(0)
     return total / (end - start)
 
+# %% ../nbs/13a_states.ipynb #9d2f6d2a
 @patch
 def _means(self: StepRows) -> Iterator[tuple[torch.Tensor, dict]]:
     "Blocks of means of steps."
@@ -1721,6 +1785,7 @@ def _means(self: StepRows) -> Iterator[tuple[torch.Tensor, dict]]:
         rows = [self.states._mean(a, b) for a, b in zip((offset + self._a[k]).tolist(), (offset + self._b[k]).tolist())]
         yield torch.stack(rows), self._labelled(k, self._a[k], self._b[k])
 
+# %% ../nbs/13a_states.ipynb #11e1b051
 @patch
 def __iter__(self: StepRows) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]: return self._means() if self.pooling == "mean" else self._tokens()
 
@@ -1766,7 +1831,7 @@ def _check_hashes(self: HiddenStates) -> None:
     for s in self._shards:
         if s.path and s.said.get("sha256") and _file_hash(s.path) != s.said["sha256"]: raise ValueError(f"{s.file}: its sha256 is not the one in config.json, {s.said['sha256']}")
 
-# %% ../nbs/13a_states.ipynb #887c1886
+# %% ../nbs/13a_states.ipynb #eed5311a
 def _journal_lines(folder: Path) -> Iterator[tuple[str, bytes, bool]]: # place, line, whether it is the last
     "The lines of the journals; an extraction by several processes has one of each."
     for name in sorted(n for n in os.listdir(folder) if re.fullmatch(r"journal(\.rank\d+-of-\d+)?\.jsonl", n)):
@@ -1774,6 +1839,7 @@ def _journal_lines(folder: Path) -> Iterator[tuple[str, bytes, bool]]: # place, 
         for i, line in enumerate(lines):
             if line.strip(): yield f"{name}: line {i + 1}", line, i == len(lines) - 1
 
+# %% ../nbs/13a_states.ipynb #596098cc
 @patch
 def _journal(self: HiddenStates) -> tuple[int, list[str]]: # shards that the journal knows, problems
     "Hold the journal of the extraction against the config; a torn last line is what a kill leaves, and no problem."
@@ -1828,6 +1894,18 @@ def facts(self: HiddenStates) -> dict[str, Any]: # None: the folder does not say
 
 # %% ../nbs/13a_states.ipynb #78c6ff69
 @patch
+def _check_shard(self: HiddenStates, s: _ShardFile, tick: Callable[[int], None]) -> tuple[bool, int, list[str]]: # whether its hash was compared, rows that are not finite, problems
+    "Hash a shard and look at its numbers."
+    problems, said = [], s.said.get("sha256")
+    try:
+        sha, (bad, first) = _file_hash(s.path, tick), self._non_finite(s)
+        if said and said != sha: problems.append(f"{s.file}: its sha256 is {sha}, in config.json {said}")
+        if bad: problems.append(f"{s.file}: {bad} rows are not finite; the first is {first}")
+        return bool(said), bad, problems
+    except (ValueError, OSError) as e: return False, 0, [str(e)]
+
+# %% ../nbs/13a_states.ipynb #05be2b39
+@patch
 def _check(self: HiddenStates, progress: Callable[[int, int], None] | None = None) -> FolderCheck:
     "Look at every byte."
     here, done, hashed, bad = [s for s in self._shards if s.path], 0, 0, 0
@@ -1839,14 +1917,12 @@ def _check(self: HiddenStates, progress: Callable[[int, int], None] | None = Non
         done += n
         if progress: progress(done, total)
     for s in here:
-        try:
-            said, sha, (n, first) = s.said.get("sha256"), _file_hash(s.path, tick), self._non_finite(s)
-            hashed, bad = hashed + bool(said), bad + n
-            if said and said != sha: problems.append(f"{s.file}: its sha256 is {sha}, in config.json {said}")
-            if n: problems.append(f"{s.file}: {n} rows are not finite; the first is {first}")
-        except (ValueError, OSError) as e: problems.append(str(e))
-    return FolderCheck(str(self.folder), self.facts(), hashed, journalled, bad, int((self._start == self._end).sum()), self.num_tokens - int(self._size.sum()), self.absent, self.missing, tuple(self.doubts), tuple(problems))
+        compared, n, found = self._check_shard(s, tick)
+        hashed, bad, problems = hashed + compared, bad + n, problems + found
+    empty, unclaimed = int((self._start == self._end).sum()), self.num_tokens - int(self._size.sum())
+    return FolderCheck(str(self.folder), self.facts(), hashed, journalled, bad, empty, unclaimed, self.absent, self.missing, tuple(self.doubts), tuple(problems))
 
+# %% ../nbs/13a_states.ipynb #b908f2cf
 @patch
 def verify(self: HiddenStates,
     progress: Callable[[int, int], None] | None = None, # called with the bytes looked at and those in all
@@ -1856,7 +1932,7 @@ def verify(self: HiddenStates,
     if found.problems: raise ValueError("\n".join(found.problems))
     return found
 
-# %% ../nbs/13a_states.ipynb #95744f08
+# %% ../nbs/13a_states.ipynb #9a01ca1e
 def _layer_folders(folder: Path) -> dict[int | str, Path]: # by number, or by name for what is no block
     "The folders `layer_…` and `embeddings` of a folder, in order."
     found = [p for p in folder.iterdir() if (p.name.startswith("layer_") or p.name == "embeddings") and p.is_dir()]
@@ -1865,6 +1941,7 @@ def _layer_folders(folder: Path) -> dict[int | str, Path]: # by number, or by na
     keys = {int(k) if re.fullmatch("[0-9]{1,9}", k := p.name.removeprefix("layer_")) else k: p for p in found}
     return dict(sorted(keys.items(), key=lambda x: (isinstance(x[0], str), x[0])))
 
+# %% ../nbs/13a_states.ipynb #92e6a44d
 @patch(cls_method=True)
 def open_layers(cls: HiddenStates,
     folder: str | Path, # that holds folders layer_0, layer_1, …
@@ -1887,10 +1964,11 @@ def _same_tokens(a: HiddenStates, b: HiddenStates, name: str) -> None:
         if not np.array_equal(x, y): raise ValueError(f"{visible(name)}: its {what} are not those of {visible(a.folder.name)}")
     if a.num_tokens != b.num_tokens or any(x.get("token_ids_sha256") != y.get("token_ids_sha256") for x, y in zip(a.samples, b.samples)): raise ValueError(f"{visible(name)}: its tokens are not those of {visible(a.folder.name)}")
 
-# %% ../nbs/13a_states.ipynb #740b47af
+# %% ../nbs/13a_states.ipynb #62d28c24
 def _fact(x: Any) -> str: # one line
     return "unknown" if x is None else visible(x if isinstance(x, str) else reprlib.repr(x))[:200].replace("\n", "␊")
 
+# %% ../nbs/13a_states.ipynb #d4ec498e
 class VerifyReport(NamedTuple):
     "What `verify_folder` has found."
     checks: tuple[FolderCheck, ...] # one a folder
@@ -1943,7 +2021,6 @@ _TREE = dict(states=r"annotated_traces_reprs/([\w-][\w.-]*)/(?:config\.json|inde
 
 def _published_files(files: Sequence[str], what: str, wanted: Collection[str] | None) -> dict[str, list[str]]: # by directory
     "The files of a part of the artefacts, of the wanted directories or of all."
-    if what not in _TREE: raise ValueError(f"what={what!r} is unknown; choose {' or '.join(_TREE)}")
     out, pattern = {}, re.compile(_TREE[what], re.ASCII)
     for name in files:
         if (m := pattern.fullmatch(name)) and ".." not in name and (wanted is None or m[1] in wanted): out.setdefault(m[1], []).append(name)
@@ -1979,6 +2056,7 @@ def fetch_artefacts(
     **kwargs: Any, # of `huggingface_hub.snapshot_download`, such as max_workers
 ) -> dict[str, Path]: # directory of the model -> its local folder; ValueError if a model has none
     "Download a part of the published artefacts; called again after an interruption, it takes what is lacking."
+    if what not in _TREE: raise ValueError(f"what={what!r} is unknown; choose {' or '.join(_TREE)}")
     wanted = None if model is None else {_published_name(m, repo_id != ARTEFACTS) for m in ([model] if isinstance(model, str) else model)}
     info = HfApi(endpoint=endpoint, token=token).dataset_info(repo_id, revision=revision)
     files = _published_files([s.rfilename for s in info.siblings or []], what, wanted)
