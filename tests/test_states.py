@@ -822,3 +822,8 @@ def test_fetch_goes_on(tmp_path, published):
     assert isinstance(first, str) and second == third and len(got) == 3 and set.union(*got) == {"config.json", "index.json", *(shard_name(k) for k in range(3))}
     assert shard_name(2) not in got[0] and shard_name(2) in got[1] and shard_name(0) not in got[1] and not got[2] # each file once, and only what was lacking
     assert same(HiddenStates(second[model]).read(0, 3000), matrix)
+
+def test_a_part_that_is_none_is_refused_before_the_network_is_asked(tmp_path):
+    with hub({}) as (server, endpoint):
+        got = fetch(endpoint, tmp_path, [["olmo-3-7b-think", "logs", str(tmp_path / "a")], {}], [["gpt2", "logs", str(tmp_path / "a")], {}])
+        assert all("choose states or metrics" in x for x in got) and not server.log
