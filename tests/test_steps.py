@@ -594,6 +594,17 @@ def test_read_steps_names_the_rows():
     assert "step 0: offsets 5 to 2" in unread[2].reason
 
 
+@pytest.mark.parametrize("wrong, says", [(dict(form="xml"), "form 'xml' is unknown"), (dict(taxonomy="odd"), "taxonomy 'odd' is unknown"), (dict(threshold=0), "threshold must be above 0"), (dict(treshold=.5), "treshold is no setting")])
+def test_a_setting_that_is_wrong_for_every_row_is_no_fault_of_the_rows(wrong, says):
+    with pytest.raises(ValueError, match=says): read_steps([flow(node(8, 20))], **wrong)
+
+
+def test_options_of_another_form_are_refused():
+    for options in (dict(only_known=True), dict(treshold=.5)):
+        with pytest.raises(ValueError, match="means nothing for the form 'chunks'"): parse_steps([chunk("Wait,")], RESPONSE, **options)
+    assert [t.form for t in read_steps([([chunk("Wait,")], RESPONSE)], threshold=.9, budget=100, least=.1)[0]] == ["chunks"]
+
+
 JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8)), lambda x: st.one_of(st.lists(x, max_size=4), st.dictionaries(st.sampled_from(
     ["chunk", "function_tags", "sentence", "human_label", "nodes", "raw_text", "response", "steps", "start", "end", "label", "text", "category", "macro", "annotated_response"]), x, max_size=5)), max_leaves=12)  # fmt: skip
 

@@ -1599,6 +1599,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tracebook.steps._build': ('steps.html#_build', 'tracebook/steps.py'),
                                  'tracebook.steps._chain': ('steps.html#_chain', 'tracebook/steps.py'),
                                  'tracebook.steps._check_pieces': ('steps.html#_check_pieces', 'tracebook/steps.py'),
+                                 'tracebook.steps._check_reader': ('steps.html#_check_reader', 'tracebook/steps.py'),
                                  'tracebook.steps._check_step': ('steps.html#_check_step', 'tracebook/steps.py'),
                                  'tracebook.steps._climb': ('steps.html#_climb', 'tracebook/steps.py'),
                                  'tracebook.steps._closer': ('steps.html#_closer', 'tracebook/steps.py'),

@@ -928,6 +928,8 @@ def _read_column(steps: Any, response: str, taxonomy: Taxonomy, keep: bool) -> S
     return _build(response, drafts, taxonomy, "steps", least=0)
 
 # %% ../nbs/04_steps.ipynb #2ba4b805
+_OPTIONS = dict.fromkeys(("nodes", "chunks", "sentences"), {"threshold", "budget"}) | dict(inline={"threshold", "budget", "only_known"}) # by form
+
 def parse_steps(
     source: str | Sequence | Mapping, # a marked text or a response, a list of chunks, sentences or nodes, or a row
     response: str | None = None, # the untouched response; None: it is in the row, or the source is itself the text
@@ -939,11 +941,11 @@ def parse_steps(
 ) -> StepTrace: # TypeError or ValueError for what is no annotation; faults inside one are issues
     "Read an annotated trace in any of the forms, aligned to the untouched response."
     form, steps, response = _what(source, response, form)
+    if odd := sorted(options.keys() - _OPTIONS.get(form, ())): raise ValueError(f"{odd[0]} means nothing for the form {form!r}")
     own = _taxonomy_for(form, taxonomy)
     if form == "inline": return _read_inline(steps, response, own, least, options)
     if form == "nodes": return _read_nodes(steps, response, own, least, options)
     if form in ("chunks", "sentences"): return _read_list(steps, response, form, own, least, options)
-    if options: raise ValueError(f"{next(iter(options))} means nothing for the form {form!r}")
     if form == "steps": return _read_column(steps, response, own, taxonomy is None)
     found, drafts = _own_drafts(steps) if form == "text" else ("memento", _memento_drafts(steps))
     return _build(steps, drafts, _taxonomy_for(found, taxonomy), found, least=0)
@@ -992,12 +994,21 @@ def _memento_drafts(text: str) -> list[_Draft]:
     form, drafts = _own_drafts(text)
     return drafts if form == "memento" else []
 
+# %% ../nbs/04_steps.ipynb #5401a91d
+def _check_reader(form: str | None = None, taxonomy: Any = None, least: float = .8, threshold: float = .75, **options: Any) -> None:
+    "ValueError for settings of `parse_steps` that are wrong for every row."
+    if form is not None and form not in FORMS: raise ValueError(f"form {form!r} is unknown; choose {', '.join(FORMS)}")
+    if odd := sorted(options.keys() - {"budget", "only_known"}): raise ValueError(f"{odd[0]} is no setting of parse_steps")
+    _taxonomy_for(form or "text", taxonomy)
+    _check_pieces("", [], 0, None, threshold)
+
 # %% ../nbs/04_steps.ipynb #51a6fea4
 def read_steps(
     rows: Iterable, # rows, marked texts or pairs (annotation, response)
-    **options, # those of `parse_steps`
+    **options, # those of `parse_steps`; ValueError for those with which no row could be read
 ) -> tuple[list[StepTrace], list[Unreadable]]: # in the order of the rows
     "All annotated traces of a corpus, and the rows that are none."
+    _check_reader(**options)
     traces, unread = [], []
     for i, row in enumerate(rows):
         try: traces.append(parse_steps(*(row if isinstance(row, tuple) and len(row) == 2 else (row,)), **options))
