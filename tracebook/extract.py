@@ -925,7 +925,7 @@ def _refuse_other(folder: Path, config: Mapping, name: str) -> None:
     "ValueError if the folder holds something else than this extraction."
     for file in {name, "config.json"}:
         there = _read_json(folder / file)
-        if there is not None and (differ := _differences(there, config)): raise ValueError(f"{folder} holds an extraction with other settings: {'; '.join(differ)}. Give another folder, the same settings, or resume=False to begin again")
+        if there is not None and (differ := _differences(there, config)): raise ValueError(f"{folder} holds an extraction with other settings: {'; '.join(differ)}. Give another folder, the same settings, or resume=False (in the shell: --no-resume) to begin again")
     worlds = {p.stem.rpartition("-")[2] for p in folder.glob("config.rank*-of-*.json")} - {name.removesuffix(".json").rpartition("-")[2]}
     if worlds and not (_read_json(folder / "config.json") or {}).get("complete"): raise ValueError(f"{folder} holds parts of {int(min(worlds))} processes; start as many again, or give another folder")
     if not any(folder.glob("config*.json")) and (found := sorted(folder.glob("hidden_states_*.safetensors"))): raise ValueError(f"{folder} holds {found[0].name} and no config.json that says what it is; give another folder")
