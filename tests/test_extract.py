@@ -778,3 +778,11 @@ def test_an_index_that_was_changed_is_found(tmp_path, llama):
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new, 1))
         with pytest.raises(ValueError, match="index.json: its sha256"): HiddenStates(folder)
+
+
+@pytest.mark.parametrize("words", [["--device", "nope"], ["--device", "cuda:99"], ["--attention", "nope"], ["--layers", "9"], ["--shard-size", "huge"], ["--model", "no/such-model"]])
+def test_wrong_words_in_the_shell_are_no_fault_of_ours(tmp_path, capsys, words):
+    from tracebook.cli import main
+    assert main(["extract", "--limit", "1", "--out", str(tmp_path/"a"), *words]) == 1
+    said = capsys.readouterr().err
+    assert words[1] in said and "fault of tracebook" not in said and "Traceback" not in said

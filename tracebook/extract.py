@@ -631,7 +631,8 @@ def refuse(self: _Open, target: Target, at: int, runs: list[tuple[int, int]], la
     for row, n in runs:
         if at < n: break
         at -= n
-    says = f"the largest number is {value:,.0f}, and {self.dtype} ends at {torch.finfo(_TYPES[self.dtype][0]).max:,.0f}; store bfloat16 or float32" if np.isfinite(value) else "a number is NaN or infinite; compute in bfloat16 or float32, or leave the sample out"
+    says = "a number is NaN or infinite; compute in bfloat16 or float32, or leave the sample out"
+    if np.isfinite(value): says = f"the largest number is {value:,.0f}, and {self.dtype} ends at {torch.finfo(_TYPES[self.dtype][0]).max:,.0f}; store bfloat16 or float32"
     raise BadStates(row + at, f"{target.name}: {says}")
 
 # %% ../nbs/13_extract.ipynb #d24b758f
@@ -779,6 +780,15 @@ def attempt(self: _Run, batch: _Batch, put: Callable) -> bool: # False: it does 
         return False
     return True
 
+# %% ../nbs/13_extract.ipynb #4be1c0d2
+@patch
+def halves(self: _Run, batch: _Batch) -> list[_Batch]:
+    "A batch of several samples as two."
+    middle, fed = len(batch.samples) // 2, self.census.fed
+    parts = batch.samples[:middle], batch.samples[middle:]
+    if self.packed: return [_Batch(p, 1, int(fed[list(p)].sum())) for p in parts]
+    return [_Batch(p, len(p), int(fed[list(p)].max())) for p in parts]
+
 # %% ../nbs/13_extract.ipynb #a2c90630
 @patch
 def compute(self: _Run, batch: _Batch, put: Callable) -> None:
@@ -791,8 +801,7 @@ def compute(self: _Run, batch: _Batch, put: Callable) -> None:
         if len(b.samples) == 1: raise torch.OutOfMemoryError(f"{self.called(b.samples[0])} with {self.census.fed[b.samples[0]]:,} tokens does not fit into memory even alone; shorten it with max_length, or leave it out. What is written stays, and the same call goes on from there")
         self.splits += 1
         self.log(f"out of memory: {_count(len(b.samples), 'sample')} of {b.width:,} tokens are cut in two")
-        halves = b.samples[:len(b.samples) // 2], b.samples[len(b.samples) // 2:]
-        todo += [_Batch(h, 1 if self.packed else len(h), int(self.census.fed[list(h)].sum() if self.packed else self.census.fed[list(h)].max())) for h in halves[::-1]]
+        todo += self.halves(b)[::-1]
 
 # %% ../nbs/13_extract.ipynb #6abecd0c
 @patch
@@ -1197,9 +1206,10 @@ def _limit(config: Any, max_length: int | None) -> int | None:
 # %% ../nbs/13_extract.ipynb #5059a272
 def _warn(census: _Census) -> None:
     "Say what was left out."
-    bad = census.unreadable
-    if bad: warnings.warn(f"{_count(len(bad), 'row')} could not be read and {'is' if len(bad) == 1 else 'are'} left out: {'; '.join(f'''{b['where']}: {b['reason'][:120]}''' for b in bad[:5])}{f'; and {len(bad) - 5:,} more' if len(bad) > 5 else ''}", UnreadableRows, stacklevel=3)
-    if census.counts["truncated"]: warnings.warn(f"{_count(census.counts['truncated'], 'sample')} had more tokens than are read, and lost the end; see `truncated` in index.json", UserWarning, stacklevel=3)
+    bad, cut = census.unreadable, census.counts["truncated"]
+    which = [f"{b['where']}: {b['reason'][:120]}" for b in bad[:5]] + [f"and {len(bad) - 5:,} more"] * (len(bad) > 5)
+    if bad: warnings.warn(f"{_count(len(bad), 'row')} could not be read and {'is' if len(bad) == 1 else 'are'} left out: {'; '.join(which)}", UnreadableRows, stacklevel=3)
+    if cut: warnings.warn(f"{_count(cut, 'sample')} had more tokens than are read, and lost the end; see `truncated` in index.json", UserWarning, stacklevel=3)
 
 # %% ../nbs/13_extract.ipynb #5d9015f9
 def _prepare(model: Any, tokenizer: Any, rows: Any, folder: Path, folders: dict[Target, Path], o: Mapping, stack: ExitStack) -> tuple[_Run, dict]: # (run, what the test found)
@@ -1962,13 +1972,20 @@ def _same_tokens(a: HiddenStates, b: HiddenStates, name: str) -> None:
     "ValueError unless two folders are of the same samples and steps."
     for x, y, what in ((a._offset, b._offset, "samples"), (a._size, b._size, "samples"), (a._sample, b._sample, "steps"), (a._start, b._start, "steps"), (a._end, b._end, "steps")):
         if not np.array_equal(x, y): raise ValueError(f"{visible(name)}: its {what} are not those of {visible(a.folder.name)}")
-    if a.num_tokens != b.num_tokens or any(x.get("token_ids_sha256") != y.get("token_ids_sha256") for x, y in zip(a.samples, b.samples)): raise ValueError(f"{visible(name)}: its tokens are not those of {visible(a.folder.name)}")
+    ids = [[s.get("token_ids_sha256") for s in hs.samples] for hs in (a, b)]
+    if a.num_tokens != b.num_tokens or ids[0] != ids[1]: raise ValueError(f"{visible(name)}: its tokens are not those of {visible(a.folder.name)}")
 
 # %% ../nbs/13a_states.ipynb #62d28c24
 def _fact(x: Any) -> str: # one line
     return "unknown" if x is None else visible(x if isinstance(x, str) else reprlib.repr(x))[:200].replace("\n", "␊")
 
 # %% ../nbs/13a_states.ipynb #d4ec498e
+def _check_lines(c: FolderCheck) -> list[str]:
+    "A check in lines: the folder, its facts and counts, what is doubtful or wrong."
+    counts = {k: getattr(c, k) for k in ("hashed", "journalled", "non_finite", "empty_steps", "unclaimed")} | dict(absent=len(c.absent), missing_keys=len(c.missing))
+    facts = [f"  {k} {_fact(v)}" for k, v in (c.facts | counts).items()] if c.facts else []
+    return [_fact(c.folder), *facts, *(f"  doubtful: {p}" for p in c.doubts), *(f"  wrong: {p}" for p in c.problems), *["  ok"] * c.ok]
+
 class VerifyReport(NamedTuple):
     "What `verify_folder` has found."
     checks: tuple[FolderCheck, ...] # one a folder
@@ -1979,9 +1996,7 @@ class VerifyReport(NamedTuple):
 
     def __str__(self) -> str:
         out = list(self.problems)
-        for c in self.checks:
-            counts = dict(hashed=c.hashed, journalled=c.journalled, non_finite=c.non_finite, empty_steps=c.empty_steps, unclaimed=c.unclaimed, absent=len(c.absent), missing_keys=len(c.missing))
-            out += [_fact(c.folder), *(f"  {k} {_fact(v)}" for k, v in (c.facts | counts if c.facts else {}).items()), *(f"  doubtful: {p}" for p in c.doubts), *(f"  wrong: {p}" for p in c.problems), *(["  ok"] if c.ok else [])]
+        for c in self.checks: out += _check_lines(c)
         return visible("\n".join(out))
 
 # %% ../nbs/13a_states.ipynb #be0dfb91

@@ -819,7 +819,8 @@ def _node_draft(i: int, node: Any, response: str) -> _Draft:
     form = FORMS["nodes"]
     if not isinstance(node, Mapping): return _Draft(i, (_UNLABELLED,), "", how="bad_step", why=f"it is {type(node).__name__}, not an object")
     draft, source = _Draft(i, _tags(node.get("label")), node.get("text"), score=1.0), node.get("source", "response")
-    if isinstance(source, str) and not source.endswith("response"): return draft._replace(text=draft.text if isinstance(draft.text, str) else "", how="other_source", why=f"it speaks of {visible(source[:40])!r}")
+    said = draft.text if isinstance(draft.text, str) else ""
+    if isinstance(source, str) and not source.endswith("response"): return draft._replace(text=said, how="other_source", why=f"it speaks of {visible(source[:40])!r}")
     a, b = (node.get(k) for k in ("start", "end"))
     whole = all(type(x) is int for x in (a, b)) and 0 <= a <= b <= len(response)
     if draft.text is None and whole: draft = draft._replace(text=response[a:b])
@@ -1154,7 +1155,8 @@ def plot_steps(
     for macro, span, size in found: share[macro] += np.diff(np.clip(edges, span.start / size, span.end / size))
     total = np.maximum(sum(share.values()), 1e-12)
     fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
-    ax.stackplot((edges[1:] + edges[:-1]) / 2, [share[m] / total for m in labels], labels=[visible(m[:40]) for m in labels], colors=[_GROUNDS.get(m, _GROUND) for m in labels], edgecolor="#555555", linewidth=.5)
+    look = dict(labels=[visible(m[:40]) for m in labels], colors=[_GROUNDS.get(m, _GROUND) for m in labels], edgecolor="#555555", linewidth=.5)
+    ax.stackplot((edges[1:] + edges[:-1]) / 2, [share[m] / total for m in labels], **look)
     ax.set(xlabel="relative depth", ylabel="share of annotated characters", xlim=(0, 1), ylim=(0, 1))
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5), fontsize="small")
     return fig
