@@ -1202,8 +1202,8 @@ def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
     before = np.concatenate([[0], np.maximum.accumulate(b)[:-1]]) if len(b) else b
     return total - int(np.maximum(b - np.maximum(a, before), 0).sum())
 
-def _label_of(step: Mapping, *keys: str) -> str | None: # the first that is there
-    return next((_text(step[k]) for k in keys if step.get(k) is not None), None)
+def _label_of(step: Mapping, *keys: str, default: str | None = None) -> str | None: # the first that is there
+    return next((_text(step[k]) for k in keys if step.get(k) is not None), default)
 
 # %% ../nbs/14b_cells.ipynb #676c8f58
 def _read_steps(hs: HiddenStates) -> _Steps:
@@ -1214,7 +1214,7 @@ def _read_steps(hs: HiddenStates) -> _Steps:
     start, end = (np.array([s[k] for s in steps], np.int64) for k in ("token_start", "token_end"))
     offset, reach = np.array([x["global_offset"] for x in hs.samples], np.int64), np.zeros(len(counts), np.int64)
     np.maximum.at(reach, sample, end)
-    label = dict(segments=[_label_of(s, "segment") for s in steps], macro=[_label_of(s, "macro", "category") or "unlabelled" for s in steps], micro=[_label_of(s, "category") for s in steps])
+    label = dict(segments=[_label_of(s, "segment") for s in steps], macro=[_label_of(s, "macro", "category", default="unlabelled") for s in steps], micro=[_label_of(s, "category") for s in steps])
     coded, full = {k: _coded(v) for k, v in label.items()}, end > start
     left_out = dict(empty=int((~full).sum()), unannotated=_uncovered(offset[sample] + start, offset[sample] + end, hs.num_tokens))
     return _Steps(_names_of(hs.samples), offset, _sizes_of(hs, offset, reach), sample[full], number[full], start[full], end[full], {k: v[0] for k, v in coded.items()}, {k: v[1][full] for k, v in coded.items()}, **left_out)
@@ -1309,7 +1309,7 @@ def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, s
     "The k rows of each group with the smallest keys; ties by name and place."
     names, rank = _name_keys(s, seed)
     kept, bar, total = [np.empty(0, t) for t in (np.int64, np.uint64, np.int64, np.int64, np.int64)], np.full(groups, 2 ** 64 - 1, np.uint64), np.zeros(groups, np.int64)
-    for a, b in _portions_of(p.n, 1 << 20):
+    for a, b in _portions_of(p.n, 1 << 16):
         piece, place, row = _expand(s, p, a, b, pooled)
         sample, group = s.sample[p.step[piece]], column[piece]
         key = splitmix64(names[sample] ^ place.astype(np.uint64))
@@ -2026,10 +2026,8 @@ def spectrum(self: SpectralMetrics,
     centered: bool = True, # uncentred ones are saved for all, segments and categories
 ) -> Spectrum: # KeyError for a group that has none
     "A saved spectrum."
-    entry = self._entry(pool, group)
-    tensors = self._tensors(pool)
-    name = f"{group}/{'centered' if centered else 'uncentered'}"
-    if entry is None or name not in tensors: raise KeyError(f"no spectrum {name!r} in pool_{pool}")
+    entry, name = self._entry(pool, group), f"{group}/{'centered' if centered else 'uncentered'}"
+    if entry is None or name not in (tensors := self._tensors(pool)): raise KeyError(f"no spectrum {name!r} in pool_{pool}")
     c = self.raw[pool]["basic_metrics"]["conventions"]
     return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=self.raw[pool]["basic_metrics"]["hidden_dim"], centered=centered, dtype=c["dtype"], mean_norm=entry.get("mean_norm"))
 
