@@ -1165,7 +1165,7 @@ def _names_of(samples: Sequence[Mapping]) -> list[str]:
         out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return out
 
-# %% ../nbs/14b_cells.ipynb #b5c529bf
+# %% ../nbs/14b_cells.ipynb #56d52084
 def _sizes_of(hs: HiddenStates, offset: np.ndarray, reach: np.ndarray) -> np.ndarray: # int64, tokens of each sample
     "What the index says, if it can be right; else the room up to the next sample."
     order, room = np.lexsort((reach, offset)), np.zeros(len(offset), np.int64)
@@ -1179,7 +1179,7 @@ def _coded(values: Sequence[str | None]) -> tuple[list[str], np.ndarray]: # sort
     number = {v: i for i, v in enumerate(labels)} | {None: -1}
     return labels, np.array([number[v] for v in values], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #eaa17875
+# %% ../nbs/14b_cells.ipynb #025da4e9
 class _Steps(NamedTuple):
     "The steps of a folder that have tokens, as columns; and what was left out."
     names: list[str] # of samples
@@ -1194,7 +1194,7 @@ class _Steps(NamedTuple):
     empty: int # steps without a token
     unannotated: int # tokens of the folder in no step
 
-# %% ../nbs/14b_cells.ipynb #603919ff
+# %% ../nbs/14b_cells.ipynb #0d250ab0
 def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
     "How many of the rows [0, total) lie in none of the ranges [a, b), which may overlap."
     order = np.argsort(a, kind="stable")
@@ -1205,7 +1205,7 @@ def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
 def _label_of(step: Mapping, *keys: str, default: str | None = None) -> str | None: # the first that is there
     return next((_text(step[k]) for k in keys if step.get(k) is not None), default)
 
-# %% ../nbs/14b_cells.ipynb #676c8f58
+# %% ../nbs/14b_cells.ipynb #ce2cae17
 def _read_steps(hs: HiddenStates) -> _Steps:
     "The index as columns."
     steps = [s for x in hs.samples for s in x["steps"]]
@@ -1219,7 +1219,7 @@ def _read_steps(hs: HiddenStates) -> _Steps:
     left_out = dict(empty=int((~full).sum()), unannotated=_uncovered(offset[sample] + start, offset[sample] + end, hs.num_tokens))
     return _Steps(_names_of(hs.samples), offset, _sizes_of(hs, offset, reach), sample[full], number[full], start[full], end[full], {k: v[0] for k, v in coded.items()}, {k: v[1][full] for k, v in coded.items()}, **left_out)
 
-# %% ../nbs/14b_cells.ipynb #20a9e2ae
+# %% ../nbs/14b_cells.ipynb #040a3449
 class _Pieces(NamedTuple):
     "Consecutive rows that belong to the same groups."
     step: np.ndarray # int64
@@ -1227,6 +1227,7 @@ class _Pieces(NamedTuple):
     n: np.ndarray # rows
     bin: np.ndarray # depth
 
+# %% ../nbs/14b_cells.ipynb #72ec7bcc
 def _token_pieces(s: _Steps, bins: int) -> _Pieces:
     "The tokens of all steps, cut where a bin ends."
     T = s.size[s.sample]
@@ -1241,7 +1242,7 @@ def _pooled_pieces(s: _Steps, bins: int) -> _Pieces:
     "One row a step."
     return _Pieces(np.arange(len(s.start)), s.number, np.ones(len(s.start), np.int64), np.minimum(bins - 1, bins * (s.start + s.end) // (2 * s.size[s.sample])))
 
-# %% ../nbs/14b_cells.ipynb #ee1c0218
+# %% ../nbs/14b_cells.ipynb #8d63ea99
 class _Groups(NamedTuple):
     "Who belongs to what."
     keys: list[str] # of groups
@@ -1251,6 +1252,7 @@ class _Groups(NamedTuple):
     traces: np.ndarray # likewise
     kinds: dict[str, int] # column of each kind
 
+# %% ../nbs/14b_cells.ipynb #421bc1c6
 def _kinds(s: _Steps, p: _Pieces, by: str, bins: int) -> dict[str, tuple[list[str], np.ndarray]]: # kind -> (keys, number of the key for each piece)
     code = {k: v[p.step] for k, v in s.code.items()}
     out = {"global": (["global"], np.zeros(len(p.n), np.int64))}
@@ -1258,7 +1260,7 @@ def _kinds(s: _Steps, p: _Pieces, by: str, bins: int) -> dict[str, tuple[list[st
     out["bins"] = [f"bins/{b}" for b in range(bins)], p.bin
     return out | dict(cells=([f"bins/{b}/macro/{x}" for b in range(bins) for x in s.labels["macro"]], p.bin * len(s.labels["macro"]) + code["macro"]))
 
-# %% ../nbs/14b_cells.ipynb #58a13948
+# %% ../nbs/14b_cells.ipynb #662a7b10
 def _count(of: np.ndarray, n: int, members: np.ndarray | None = None, rows: np.ndarray | None = None) -> np.ndarray: # int64 [n]
     "Rows of each group, or how many different members its pieces have."
     out = np.zeros(n, np.int64)
@@ -1270,6 +1272,7 @@ def _count(of: np.ndarray, n: int, members: np.ndarray | None = None, rows: np.n
         out += np.bincount(c, minlength=n)
     return out
 
+# %% ../nbs/14b_cells.ipynb #8387d9fe
 def _group(s: _Steps, p: _Pieces, by: str, bins: int) -> _Groups:
     "All groups of the pieces."
     kinds, keys, columns = _kinds(s, p, by, bins), [], []
@@ -1279,7 +1282,7 @@ def _group(s: _Steps, p: _Pieces, by: str, bins: int) -> _Groups:
     of, n = np.stack(columns, 1), len(keys)
     return _Groups(keys, of, _count(of, n, rows=p.n), _count(of, n, p.step), _count(of, n, s.sample[p.step]), {k: i for i, k in enumerate(kinds)})
 
-# %% ../nbs/14b_cells.ipynb #73e4e9c5
+# %% ../nbs/14b_cells.ipynb #76f91480
 class _Drawn(NamedTuple):
     "Rows of a group in the order in which they are drawn."
     rows: np.ndarray # int64: rows of the folder; for pooled rows the step
@@ -1293,7 +1296,7 @@ def _portions_of(n: np.ndarray, most: int) -> Iterator[tuple[int, int]]: # piece
         yield a, b
         a = b
 
-# %% ../nbs/14b_cells.ipynb #3db2469b
+# %% ../nbs/14b_cells.ipynb #362ccbfb
 def _expand(s: _Steps, p: _Pieces, a: int, b: int, pooled: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # piece, place in the sample and row, of each row of the pieces [a, b)
     piece = np.repeat(np.arange(a, b), p.n[a:b])
     place = p.first[piece] + np.arange(len(piece)) - np.repeat(np.cumsum(p.n[a:b]) - p.n[a:b], p.n[a:b])
@@ -1304,7 +1307,7 @@ def _name_keys(s: _Steps, seed: int) -> tuple[np.ndarray, np.ndarray]: # uint64 
     rank[np.array(sorted(range(len(s.names)), key=s.names.__getitem__), np.int64)] = np.arange(len(s.names))
     return np.array([_name_key(seed, x) for x in s.names], np.uint64), rank
 
-# %% ../nbs/14b_cells.ipynb #8dd1fc7e
+# %% ../nbs/14b_cells.ipynb #4ee23917
 def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, seed: int, pooled: bool) -> dict[int, _Drawn]:
     "The k rows of each group with the smallest keys; ties by name and place."
     names, rank = _name_keys(s, seed)
@@ -1323,7 +1326,7 @@ def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, s
         bar[kept[0][last]] = kept[1][last]
     return {g: _Drawn(r := kept[4][kept[0] == g], np.arange(len(r) + 1), int(total[g])) for g in np.unique(kept[0]).tolist()}
 
-# %% ../nbs/14b_cells.ipynb #eb10a419
+# %% ../nbs/14b_cells.ipynb #011b0738
 def _draw_traces(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, seed: int, pooled: bool) -> dict[int, _Drawn]:
     "All rows of the k traces of each group with the smallest keys."
     names, rank = _name_keys(s, seed)
@@ -1341,7 +1344,7 @@ def _draw_traces(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int,
         out[g] = _Drawn(rows, np.concatenate([[0], np.cumsum(np.bincount(at[sample[mine]], part.n, min(k, len(traces))).astype(np.int64))]), len(traces))
     return out
 
-# %% ../nbs/14b_cells.ipynb #bce0fc9e
+# %% ../nbs/14b_cells.ipynb #35970475
 _WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64} # integers of the size of a number
 
 class _Store:
@@ -1354,7 +1357,7 @@ class _Store:
     def get(self, at: np.ndarray) -> torch.Tensor: return torch.from_numpy(self.words[at]).view(self.dtype)
     def flush(self) -> None: self.words.flush()
 
-# %% ../nbs/14b_cells.ipynb #223ad24f
+# %% ../nbs/14b_cells.ipynb #01a368e7
 @dataclass
 class _Solved:
     "A group, when all its rows have come."
@@ -1369,7 +1372,7 @@ class _Solved:
         said = [{k: getattr(s, k) for k in ("n", "d", "centered", "method", "floor", "dtype", "mean_norm", "reason", "note")} for s in spectra]
         _save_bytes(path, lambda f: np.savez(f, said=np.array(json.dumps(dict(spectra=said, within=self.within, ci=self.ci))), mean=np.empty(0) if self.mean is None else self.mean, **{f"s{i}": s.sigma for i, s in enumerate(spectra)}))
 
-# %% ../nbs/14b_cells.ipynb #3e67b7b0
+# %% ../nbs/14b_cells.ipynb #b9fa009b
 def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open file
     "A file, whole or not at all."
     part = path.with_name(f".{path.name}.part")
@@ -1379,13 +1382,14 @@ def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open fil
         os.fsync(f.fileno())
     os.replace(part, path)
 
+# %% ../nbs/14b_cells.ipynb #3af13f1d
 def _load_solved(path: Path) -> _Solved:
     with np.load(path, allow_pickle=False) as f:
         said = json.loads(str(f["said"]))
         spectra = [Spectrum(f[f"s{i}"], **about) for i, about in enumerate(said["spectra"])]
         return _Solved(spectra[0], (spectra + [None])[1], said["within"], f["mean"] if len(f["mean"]) else None, said["ci"])
 
-# %% ../nbs/14b_cells.ipynb #17fb6008
+# %% ../nbs/14b_cells.ipynb #651213a0
 @dataclass
 class _Pool:
     "The plan for one pooling."
@@ -1399,7 +1403,7 @@ class _Pool:
     counts: tuple[int, ...] = () # of the sweep
     matched: int = 0 # units in the smallest category that has any
 
-# %% ../nbs/14b_cells.ipynb #77207cf0
+# %% ../nbs/14b_cells.ipynb #6d0a31d3
 @dataclass
 class _Work:
     "One run: where it reads, where it writes, and its options."
@@ -1420,7 +1424,7 @@ class _Work:
     @property
     def work(self) -> Path: return self.folder/".work"
 
-# %% ../nbs/14b_cells.ipynb #48cd6c6c
+# %% ../nbs/14b_cells.ipynb #045dad62
 def _counts_for(work: _Work, pool: _Pool) -> tuple[tuple[int, ...], int]: # counts, matched count
     g = pool.groups
     units = g.traces if work.o["unit"] == "trace" else g.rows
@@ -1431,7 +1435,7 @@ def _counts_for(work: _Work, pool: _Pool) -> tuple[tuple[int, ...], int]: # coun
     some = {c for c in (4 ** k for k in range(20)) if (64 if work.o["unit"] == "token" else 4) <= c <= limit}
     return tuple(sorted(some | ({matched} if 2 <= matched <= limit else set()))), matched
 
-# %% ../nbs/14b_cells.ipynb #73af3936
+# %% ../nbs/14b_cells.ipynb #f035f828
 def _plan_pool(work: _Work, name: str) -> _Pool:
     "Pieces, groups and draws of a pooling."
     s, o = work.steps, work.o
@@ -1445,9 +1449,10 @@ def _plan_pool(work: _Work, name: str) -> _Pool:
     for kind in sorted({"global", *o["svd"]}): pool.checked |= _draw_rows(s, p, g.of[:, g.kinds[kind]], len(g.keys), _svd_rows(work), min(o["seeds"], default=0), name != "all")
     return pool
 
+# %% ../nbs/14b_cells.ipynb #bbb2dec2
 def _svd_rows(work: _Work) -> int: return 2 * work.d if not isinstance(work.o["svd_rows"], int) else work.o["svd_rows"]
 
-# %% ../nbs/14b_cells.ipynb #86bff77e
+# %% ../nbs/14b_cells.ipynb #b85bccf0
 def _thin(work: _Work, g: _Groups) -> np.ndarray: # bool [groups]
     return g.rows <= work.d
 
@@ -1457,6 +1462,7 @@ def _rows_of(work: _Work, pool: _Pool, group: int) -> np.ndarray: # int64, in th
     mine = _Pieces(*(x[(g.of == group).any(1)] for x in p))
     return _expand(work.steps, mine, 0, len(mine.n), pool.name != "all")[2]
 
+# %% ../nbs/14b_cells.ipynb #d0beb842
 def _plan(work: _Work) -> None:
     "Everything that can be known before the first row is read."
     s, wanted = work.steps, [np.empty(0, np.int64)]
@@ -1469,7 +1475,7 @@ def _plan(work: _Work) -> None:
     work.wanted = np.unique(np.concatenate(wanted))
     work.trace_group = np.array([group_of(x, work.o["trace_groups"]) for x in s.names], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #d170bc30
+# %% ../nbs/14b_cells.ipynb #dc527928
 def _thin_rows(work: _Work, pool: _Pool) -> np.ndarray: # int64
     "The rows of all pieces that belong to a thin group."
     thin, of = _thin(work, pool.groups), pool.groups.of
@@ -1484,6 +1490,7 @@ def _load(work: _Work, pool: str, rows: np.ndarray) -> torch.Tensor: # [rows, d]
     if pool != "all": rows = s.offset[s.sample[rows]] + (s.start[rows] if pool == "first" else s.end[rows] - 1)
     return work.rows.get(np.searchsorted(work.wanted, rows)).to(work.device)
 
+# %% ../nbs/14b_cells.ipynb #01d91fd7
 def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     "Means of steps, from the sums of their pieces."
     piece = work.token_step
@@ -1493,7 +1500,7 @@ def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     sums = np.add.reduceat(sums, np.cumsum(b - a) - (b - a), axis=0) if len(steps) else sums
     return torch.from_numpy(sums / (work.steps.end - work.steps.start)[steps, None]).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #4c573feb
+# %% ../nbs/14b_cells.ipynb #6832ef3a
 def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # pieces of each, in the order of the pass
     "Pieces that belong to the same thick groups (and group of traces, where intervals are wanted)."
     g, thin = pool.groups, _thin(work, pool.groups)
@@ -1504,6 +1511,7 @@ def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # pieces of each, in t
     new = np.flatnonzero(np.any([np.diff(c[at]) != 0 for c in table], axis=0)) + 1
     return np.split(at, new) if len(at) else []
 
+# %% ../nbs/14b_cells.ipynb #d99a1956
 def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: # pieces, and the rows [a, b) of each
     "Blocks of so many rows, from pieces of n rows each."
     ends = np.cumsum(n)
@@ -1512,7 +1520,7 @@ def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.
         k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
         yield k, np.maximum(low - ends[k] + n[k], 0), np.minimum(high - ends[k] + n[k], n[k])
 
-# %% ../nbs/14b_cells.ipynb #96f6144f
+# %% ../nbs/14b_cells.ipynb #7ec425e5
 def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "The rows of an atom from the folder; on their way they are copied where they are wanted."
     p, s = pool.pieces, work.steps
@@ -1527,7 +1535,7 @@ def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.T
         if work.sums is not None: _add_sums(work.sums, block, atom[k], a, size)
         yield block
 
-# %% ../nbs/14b_cells.ipynb #b99bc050
+# %% ../nbs/14b_cells.ipynb #6089f6fc
 def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) -> None:
     "Copy the rows of a block that are wanted to the store."
     a, b = np.searchsorted(work.wanted, start), np.searchsorted(work.wanted, end)
@@ -1542,6 +1550,7 @@ def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarra
     if a[0]: part[0] += sums.get(piece[:1])[0]
     sums.put(piece, part)
 
+# %% ../nbs/14b_cells.ipynb #a12e3c04
 def _name_bad(work: _Work, block: torch.Tensor, start: np.ndarray, n: np.ndarray) -> None:
     row = int(np.flatnonzero(~torch.isfinite(block).all(1).numpy())[0])
     k = int(np.searchsorted(np.cumsum(n), row, "right"))
@@ -1549,7 +1558,7 @@ def _name_bad(work: _Work, block: torch.Tensor, start: np.ndarray, n: np.ndarray
     i = int(np.flatnonzero((work.steps.offset <= row) & (row < work.steps.offset + work.steps.size))[0])
     raise ValueError(f"row {row} (sample {visible(work.steps.names[i])}, token {row - work.steps.offset[i]}) holds numbers that are not finite")
 
-# %% ../nbs/14b_cells.ipynb #5f8e3c9a
+# %% ../nbs/14b_cells.ipynb #b0d13384
 def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Moments], begin: int = 0, after: Callable = lambda i: None, tick: Callable = lambda n: None) -> None:
     "Rows into atoms, atoms into groups, groups into spectra."
     thin, of, left, atoms = _thin(work, pool.groups), pool.groups.of, Counter(), _atoms(work, pool)
@@ -1567,7 +1576,7 @@ def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Mo
             if not left[g]: _close(work, pool, g, states.pop(g))
         after(i + 1)
 
-# %% ../nbs/14b_cells.ipynb #3dda0798
+# %% ../nbs/14b_cells.ipynb #ca208f0e
 def _absorb(work: _Work, pool: _Pool, states: dict[int, Moments], g: int, state: Moments, piece: int) -> None:
     "Merge an atom into a group, and into its part for the intervals."
     states.setdefault(g, Moments()).absorb(state)
@@ -1580,7 +1589,7 @@ def _kind(key: str) -> str: # of a group
 
 def _basic(key: str) -> bool: return _kind(key) in ("global", "segments", "macro", "micro") # gets the uncentred spectrum, too
 
-# %% ../nbs/14b_cells.ipynb #458e65a3
+# %% ../nbs/14b_cells.ipynb #3c1b3d9a
 _CI = dict(rankme=rankme, effective_rank=effective_rank, participation_ratio=participation_ratio, stable_rank=stable_rank) # metrics with intervals, and alpha
 
 def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
@@ -1595,7 +1604,7 @@ def _ci_metrics(work: _Work) -> dict[str, Callable]: return _CI | dict(alpha=lam
 
 def _bounds(x: Interval) -> list[float] | str: return x.reason or "undefined" if x.lo is None else [x.lo, x.hi]
 
-# %% ../nbs/14b_cells.ipynb #3d4db409
+# %% ../nbs/14b_cells.ipynb #e8d86a28
 def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     "A group from the products of its rows with each other."
     key, refs = pool.groups.keys[g], _rows_of(work, pool, g)
@@ -1607,6 +1616,7 @@ def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     if _kind(key) in work.o["intervals"]: found.ci = _thin_ci(work, pool, s, Z, refs)
     return found
 
+# %% ../nbs/14b_cells.ipynb #eae562f6
 def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.ndarray) -> dict:
     "The jackknife, with rows in the place of moments."
     sample = work.steps.sample[refs] if pool.name != "all" else np.searchsorted(work.by_offset[0], refs, "right") - 1
@@ -1615,7 +1625,7 @@ def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.nd
     told = lambda f, x, k: None if (v := _try(why, k, f, x)) is None else float(v)
     return {k: _bounds(_interval(told(f, s, k), [told(f, x, k) for x in rest] if len(rest) > 1 else [], .95, why.get(k))) for k, f in _ci_metrics(work).items()}
 
-# %% ../nbs/14b_cells.ipynb #2448d60d
+# %% ../nbs/14b_cells.ipynb #cb18de46
 @patch(as_prop=True)
 def token_step(self: _Work) -> np.ndarray: # int64 [pieces of tokens]
     "The step of each piece of tokens."
@@ -1626,13 +1636,14 @@ def token_pieces(self: _Work) -> _Pieces:
     if "_tokens" not in self.__dict__: self._tokens = self.pools["all"].pieces if "all" in self.pools else _token_pieces(self.steps, self.o["n_bins"])
     return self._tokens
 
+# %% ../nbs/14b_cells.ipynb #61661e89
 @patch(as_prop=True)
 def by_offset(self: _Work) -> tuple[np.ndarray, np.ndarray]: # sorted first rows of samples with rows, and their numbers
     order = np.argsort(self.steps.offset, kind="stable")
     order = order[self.steps.size[order] > 0]
     return self.steps.offset[order], order
 
-# %% ../nbs/14b_cells.ipynb #08c4e579
+# %% ../nbs/14b_cells.ipynb #bbf15017
 _SAVE_EVERY = 60. # seconds
 
 def _token_pass(work: _Work, progress: bool) -> None:
@@ -1647,17 +1658,19 @@ def _token_pass(work: _Work, progress: bool) -> None:
         _accumulate(work, pool, _read_blocks, states, begin, after, bar.update)
     _save_states(work, pool, states, len(_atoms(work, pool)))
 
+# %% ../nbs/14b_cells.ipynb #2e0b3bfb
 def _no_groups(p: _Pieces) -> _Groups:
     "For a pass that only fills the store."
     return _Groups(["global"], np.full((len(p.n), 1), -1), *[np.zeros(1, np.int64)] * 3, {"global": 0})
 
-# %% ../nbs/14b_cells.ipynb #93719051
+# %% ../nbs/14b_cells.ipynb #a69eb115
 def _save_states(work: _Work, pool: _Pool, states: dict[int, Moments], done: int) -> None:
     "A point to go on from."
     for store in (work.rows, work.sums): store.flush() if store is not None else None
     parts = {f"{g}/{k}": m for g, some in pool.parts.items() for k, m in some.items()}
     save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done))
 
+# %% ../nbs/14b_cells.ipynb #36a2493c
 def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # states by group, atoms that are done
     "Where the last run stopped."
     path, states = work.work/"states.safetensors", {}
@@ -1665,6 +1678,7 @@ def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # stat
     found, extra = load_moments(path)
     for name, m in found.items():
         g, _, part = name.partition("/")
+        for k in ("mean", "M2", "R"): setattr(m, k, x.to(work.device)) if (x := getattr(m, k, None)) is not None else None
         if part == "R": work.triangles[int(g)] = m
         elif part: pool.parts.setdefault(int(g), {})[int(part)] = m
         else: states[int(g)] = m
@@ -1672,11 +1686,12 @@ def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # stat
     pool.solved |= {g: _load_solved(work.work/f"solved_{g}.npz") for g in closed}
     return states, extra["done"]
 
-# %% ../nbs/14b_cells.ipynb #a23d1ae5
+# %% ../nbs/14b_cells.ipynb #4434755f
 def _pooled_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "Pooled rows of an atom."
     for at in range(0, len(atom), _CHUNK): yield _load(work, pool.name, pool.pieces.step[atom[at:at + _CHUNK]])
 
+# %% ../nbs/14b_cells.ipynb #97352ad2
 def _solve_all(work: _Work, progress: bool) -> None:
     "Every group of every pooling."
     if isinstance(work.o["svd_rows"], str) and "all" in work.pools:
@@ -1688,12 +1703,13 @@ def _solve_all(work: _Work, progress: bool) -> None:
         for g in np.flatnonzero(_thin(work, pool.groups)).tolist():
             if pool.groups.rows[g] or _basic(pool.groups.keys[g]) or _kind(pool.groups.keys[g]) == "bins": pool.solved[g] = _solve_thin(work, pool, g)
 
-# %% ../nbs/14b_cells.ipynb #031c8d5f
+# %% ../nbs/14b_cells.ipynb #453a6bbc
 _WHOLE = ("n90", "n99")
 
 def _plain(name: str, x: Any) -> Any: # what JSON can hold
     return x if x is None or isinstance(x, (bool, int, str)) else int(x) if name in _WHOLE else float(x)
 
+# %% ../nbs/14b_cells.ipynb #609e12b5
 def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
     "One entry: metrics, counts, reasons."
     row = metrics_row(found.centered, found.uncentered, preset=work.o["preset"])
@@ -1706,7 +1722,7 @@ def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
     if out["alpha"] is not None and out["alpha_r2"] is None: reason["alpha_r2"] = "a flat spectrum has nothing to explain"
     return out | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #f0c5473f
+# %% ../nbs/14b_cells.ipynb #b7690b93
 def _group_entry(work: _Work, pool: _Pool, spectra: dict, key: str) -> dict:
     "The entry of a group, and its spectra."
     g = pool.groups.keys.index(key)
@@ -1715,6 +1731,7 @@ def _group_entry(work: _Work, pool: _Pool, spectra: dict, key: str) -> dict:
     if found.uncentered is not None: spectra[f"{key}/uncentered"] = torch.from_numpy(found.uncentered.sigma.copy())
     return _entry(work, found, n_steps=int(pool.groups.steps[g]), n_traces=int(pool.groups.traces[g]), spectrum=key)
 
+# %% ../nbs/14b_cells.ipynb #d6c6b58d
 def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]:
     "How much of the variance lies between the categories."
     some = [pool.solved[pool.groups.keys.index(f"macro/{x}")] for x in work.steps.labels["macro"]]
@@ -1725,7 +1742,7 @@ def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]:
     between, within = float(n @ ((rest - n @ rest / n.sum()) ** 2).sum(1)), sum(s.within for s in some)
     return (between / (between + within), {}) if between + within else (None, {"between_share": "all rows are equal"})
 
-# %% ../nbs/14b_cells.ipynb #4f61f06c
+# %% ../nbs/14b_cells.ipynb #f8087178
 def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "basic_metrics.json without its head."
     s, entry = work.steps, lambda key: _group_entry(work, pool, spectra, key)
@@ -1734,6 +1751,7 @@ def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     if work.o["groups"] == "category": out["micro"] = {x: entry(f"micro/{x}") for x in s.labels["micro"]}
     return out | dict(between_share=share, counts=dict(empty_steps=s.empty, unannotated_tokens=s.unannotated)) | (dict(reason=reason) if reason else {})
 
+# %% ../nbs/14b_cells.ipynb #7cc308af
 def _depth_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "depth_profile.json without its head."
     B, g = work.o["n_bins"], pool.groups
@@ -1742,7 +1760,7 @@ def _depth_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     bins = [dict(bin=b, lo=b / B, hi=(b + 1) / B, macro={x: entry(k) for x in work.steps.labels["macro"] if (k := f"bins/{b}/macro/{x}") in there}) | entry(f"bins/{b}") for b in range(B)]
     return dict(n_bins=B, bin_edges=[b / B for b in range(B + 1)], position="token" if pool.name == "all" else "step_center", bins=bins)
 
-# %% ../nbs/14b_cells.ipynb #5d333e03
+# %% ../nbs/14b_cells.ipynb #22a5e4fd
 def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[int, Spectrum]]: # count, spectrum
     "Spectra of the first so many units, for each count that the group has."
     state, done = Moments(), 0
@@ -1753,6 +1771,7 @@ def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[in
         done = upto
         yield count, state.spectrum()
 
+# %% ../nbs/14b_cells.ipynb #734cb0e1
 def _series(work: _Work, pool: _Pool, spectra: dict, key: str, seed: int) -> list[dict]:
     "The entries of one group and seed."
     drawn, out = pool.drawn.get((pool.groups.keys.index(key), seed)), []
@@ -1763,7 +1782,7 @@ def _series(work: _Work, pool: _Pool, spectra: dict, key: str, seed: int) -> lis
     short = [c for c in pool.counts if c > units]
     return out + [dict(count=c, seed=seed, n_rows=None, reason={"count": f"the group has {units:,}"}) for c in short[:1]]
 
-# %% ../nbs/14b_cells.ipynb #92abc6f8
+# %% ../nbs/14b_cells.ipynb #ae90d758
 def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "token_count_sweep.json without its head."
     name = lambda x: f"macro/{x}" if x == "global" else x # a category of this name must not hide all
@@ -1772,7 +1791,7 @@ def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     unit = "trace" if work.o["unit"] == "trace" else "token" if pool.name == "all" else "step"
     return dict(sampler="bottomk-splitmix64", seeds=list(work.o["seeds"]), unit=unit, counts=list(pool.counts), matched_count=pool.matched, series=told)
 
-# %% ../nbs/14b_cells.ipynb #feb1ca05
+# %% ../nbs/14b_cells.ipynb #8e234b64
 def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum, Spectrum]: # centred covariance, centred SVD, uncentred SVD
     if pool.name == "all" and g in work.triangles: return pool.solved[g].centered, work.triangles[g].spectrum(), work.triangles[g].spectrum(center=False)
     refs = _rows_of(work, pool, g) if isinstance(work.o["svd_rows"], str) else np.sort(pool.checked[g].rows)
@@ -1783,6 +1802,7 @@ def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum,
         state.update(Z), triangle.update(Z)
     return state.spectrum(), triangle.spectrum(), triangle.spectrum(center=False)
 
+# %% ../nbs/14b_cells.ipynb #a5f0b852
 def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why: dict[str, str] = {}
     fit = _try(why, "alpha", alpha_req, s, Preset("same", None, None, fit=PRESETS[work.o["preset"]].fit))
@@ -1790,11 +1810,12 @@ def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why |= {k: s.reason for k in ("rankme", "sigma_min_rel") if out[k] is None}
     return {k: _plain(k, v) for k, v in out.items()} | (dict(reason=why) if why else {})
 
-# %% ../nbs/14b_cells.ipynb #ae4bd479
+# %% ../nbs/14b_cells.ipynb #b91258ea
 def _gap(a: dict, b: dict) -> dict: # of two routes
     rel = lambda k: None if a[k] is None or b[k] is None else a[k] / b[k] - 1
     return dict(effective_rank_rel=rel("effective_rank"), rankme_rel=rel("rankme"), alpha_abs=None if a["alpha"] is None or b["alpha"] is None else a["alpha"] - b["alpha"])
 
+# %% ../nbs/14b_cells.ipynb #abaab9e0
 def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "svd_vs_covariance.json without its head."
     out, names = {}, ("centered_covariance", "centered_svd", "uncentered_svd")
@@ -1808,7 +1829,7 @@ def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
             definition=_gap(told["uncentered_svd"], told["centered_svd"]), max_sigma_rel_err=error, error_bound=found[0].max_rel_error)
     return dict(groups=out)
 
-# %% ../nbs/14b_cells.ipynb #f0ebf1ad
+# %% ../nbs/14b_cells.ipynb #29895231
 def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> Iterator[tuple[str, float, torch.Tensor]]: # what, how much, rows
     "The variants of a matrix of rows."
     yield "as stored", 0., Z
@@ -1820,7 +1841,7 @@ def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> I
     for k in dims:
         if k < Z.shape[1]: yield "largest dimensions left out", float(k), Z[:, big[k:].sort().values]
 
-# %% ../nbs/14b_cells.ipynb #151dc11b
+# %% ../nbs/14b_cells.ipynb #b42d3ca5
 def sensitivity(
     Z: Any, # rows [n, d]
     tokens: Sequence[float] = (.005,), # shares of the rows that are left out, those with the largest norms
@@ -1835,7 +1856,7 @@ def sensitivity(
         out.append(dict(change=change, amount=amount, n_rows=len(X), hidden_dim=X.shape[1]) | found | _gap(found, out[0] if out else found) | (dict(reason=row["reason"]) if row["reason"] else {}))
     return tuple(out)
 
-# %% ../nbs/14b_cells.ipynb #97e96a3a
+# %% ../nbs/14b_cells.ipynb #18f5cfcd
 _FILES = dict(basic_metrics=_basic_file, depth_profile=_depth_file, token_count_sweep=_sweep_file, svd_vs_covariance=_svd_file)
 _SCHEMA = "tracebook/spectral/{}/1"
 
@@ -1846,6 +1867,7 @@ def metrics_schema() -> dict: # JSON Schema, draft 2020-12
 def _write_strict(path: Path, value: Mapping) -> None:
     _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()))
 
+# %% ../nbs/14b_cells.ipynb #2bd0c175
 def _head(work: _Work, pool: _Pool, name: str) -> dict:
     "What every file begins with."
     config, p = work.hs.config, PRESETS[work.o["preset"]]
@@ -1853,7 +1875,7 @@ def _head(work: _Work, pool: _Pool, name: str) -> dict:
     conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown")
     return dict(schema=_SCHEMA.format(name), created_by=f"tracebook {version('tracebook')}", source=source | dict(stage=source["stage"] or "unknown"), conventions=conventions, pool=pool.name, hidden_dim=work.d)
 
-# %% ../nbs/14b_cells.ipynb #2ab18e60
+# %% ../nbs/14b_cells.ipynb #6ff55408
 def _write_pool(work: _Work, pool: _Pool) -> None:
     "The folder of one pooling."
     folder, spectra = work.folder/f"pool_{pool.name}", {}
@@ -1866,7 +1888,7 @@ def _write_pool(work: _Work, pool: _Pool) -> None:
     save_file(spectra, part)
     os.replace(part, folder/f"spectra_{pool.name}.safetensors")
 
-# %% ../nbs/14b_cells.ipynb #c6eb5421
+# %% ../nbs/14b_cells.ipynb #fce27b66
 _POOLINGS = ("all", "mean", "first", "last")
 
 def _check(o: dict) -> dict:
@@ -1885,13 +1907,14 @@ def _check(o: dict) -> dict:
     if not all(whole(x, 1) for x in o["counts"] or ()) or not all(type(x) is int for x in o["seeds"]): raise ValueError("counts and seeds are whole numbers, counts from 1")
     return o
 
-# %% ../nbs/14b_cells.ipynb #2e75f3f5
+# %% ../nbs/14b_cells.ipynb #fd144a72
 def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
     "What the states are: config and index as JSON with sorted keys."
     digest = hashlib.sha256()
     for part in (hs.config, *hs.samples): digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
     return digest.hexdigest()
 
+# %% ../nbs/14b_cells.ipynb #bc3d0a16
 def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is done already
     "A new folder, or one to go on with; ValueError for one of other settings, or of somebody else."
     said = _strict_json((folder/"run.json").read_bytes(), "run.json") if (folder/"run.json").exists() else None
@@ -1904,13 +1927,14 @@ def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is
     _write_strict(folder/"run.json", dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
     return False
 
+# %% ../nbs/14b_cells.ipynb #d63cf669
 def _clear_metrics(folder: Path) -> None:
     "Remove what a run has written, and nothing else."
     shutil.rmtree(folder/".work", ignore_errors=True)
     for pool in _POOLINGS:
         for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool}.safetensors"): (folder/f"pool_{pool}"/name).unlink(missing_ok=True)
 
-# %% ../nbs/14b_cells.ipynb #fe9e2817
+# %% ../nbs/14b_cells.ipynb #78d68714
 def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, progress: bool) -> None:
     "Plan, pass, files."
     o["source"] = _source_hash(hs)
@@ -1926,7 +1950,7 @@ def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, pro
     work.rows = work.sums = None
     shutil.rmtree(work.work)
 
-# %% ../nbs/14b_cells.ipynb #05a3c2b5
+# %% ../nbs/14b_cells.ipynb #3c49aa3d
 def spectral_metrics(
     hidden_states_or_folder: Any = None, # a `HiddenStates` or its folder; None: the toy's states on its own annotated traces, made first
     out_dir: str | Path | None = None, # the folder to write; None: `spectral_metrics/` and the name of the model
@@ -1960,7 +1984,7 @@ def spectral_metrics(
         _run(hs, folder, o, device, resume, progress)
     return load_metrics(folder)
 
-# %% ../nbs/14b_cells.ipynb #4d637ac2
+# %% ../nbs/14b_cells.ipynb #0a13057f
 @dataclass(repr=False)
 class SpectralMetrics:
     "The metrics of one model; made by `load_metrics`."
@@ -1981,10 +2005,11 @@ class SpectralMetrics:
         told = [f"{len(x)} {what}" for x, what in ((self.problems, "damaged"), (self.missing, "missing"), (self.foreign, "of others")) if x]
         return visible(f"SpectralMetrics({self.model}: {', '.join(self.pools)}{told and '; files ' + ', '.join(told) or ''})")
 
-# %% ../nbs/14b_cells.ipynb #25b095e2
+# %% ../nbs/14b_cells.ipynb #b616fded
 def _ours(value: Any) -> bool: # whether a file says that it is from here, in this version
     return isinstance(value, dict) and isinstance(value.get("source"), dict) and any(value.get("schema") == _SCHEMA.format(k) for k in (*_FILES, "sensitivity"))
 
+# %% ../nbs/14b_cells.ipynb #d691d93f
 def load_metrics(
     folder: str | Path, # with folders pool_all, pool_mean, …
     max_json: int = 1 << 28, # bytes of a file
@@ -1998,7 +2023,7 @@ def load_metrics(
         for path in sorted({*pool.glob("*.json"), *(pool/f"{name}.json" for name in _FILES)}): _load_one(out, pool, path, max_json)
     return out
 
-# %% ../nbs/14b_cells.ipynb #5b651606
+# %% ../nbs/14b_cells.ipynb #7e2697cd
 def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     "One file into the metrics, or into what is wrong with them."
     name = f"{pool.name}/{path.name}"
@@ -2010,6 +2035,7 @@ def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     out.raw[pool.name[5:]][path.stem] = value
     if not _ours(value): out.foreign.append(name)
 
+# %% ../nbs/14b_cells.ipynb #88f61418
 def load_models(
     root: str | Path, # a tree `<model>/pool_all/…`, or the folder above it
 ) -> dict[str, SpectralMetrics]: # by name of the folder
@@ -2018,7 +2044,7 @@ def load_models(
     root = root/"spectral_metrics" if (root/"spectral_metrics").is_dir() else root
     return {p.name: load_metrics(p) for p in sorted(root.iterdir()) if p.is_dir() and any(q.is_dir() for q in p.glob("pool_*"))}
 
-# %% ../nbs/14b_cells.ipynb #3e2a67e4
+# %% ../nbs/14b_cells.ipynb #8040c6c5
 @patch
 def spectrum(self: SpectralMetrics,
     group: str = "global", # the key of an entry's `spectrum`, such as "macro/Plan" or "bins/3"
@@ -2031,13 +2057,14 @@ def spectrum(self: SpectralMetrics,
     c = self.raw[pool]["basic_metrics"]["conventions"]
     return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=self.raw[pool]["basic_metrics"]["hidden_dim"], centered=centered, dtype=c["dtype"], mean_norm=entry.get("mean_norm"))
 
+# %% ../nbs/14b_cells.ipynb #4c098d86
 @patch
 def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
     cache = self.__dict__.setdefault("_loaded", {})
     if pool not in cache: cache[pool] = load_file(self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors")
     return cache[pool]
 
-# %% ../nbs/14b_cells.ipynb #239a5c03
+# %% ../nbs/14b_cells.ipynb #c6e266b3
 @patch
 def entries(self: SpectralMetrics,
     pool: str = "all", # pooling
@@ -2054,11 +2081,12 @@ def entries(self: SpectralMetrics,
     for x, series in f.get("token_count_sweep", {}).get("series", {}).items():
         yield from ((at("token_count_sweep", "global" if x == "global" else "macro", x, None, e["count"], e["seed"]), e) for e in series if e.get("n_rows") is not None)
 
+# %% ../nbs/14b_cells.ipynb #db7260b8
 @patch
 def _entry(self: SpectralMetrics, pool: str, group: str) -> dict | None: # by the key of its spectrum
     return next((e for _, e in self.entries(pool) if e.get("spectrum") == group), None)
 
-# %% ../nbs/14b_cells.ipynb #48bfe22f
+# %% ../nbs/14b_cells.ipynb #2bb6d3ab
 METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null")
 _TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
     ("metric", pa.string()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64()), ("reason", pa.string())])
@@ -2073,7 +2101,7 @@ def metrics_table(
         for name, m in several.items() for pool in m.pools for where, e in m.entries(pool) for k in names if k in e]
     return pa.Table.from_pylist(rows, schema=_TABLE)
 
-# %% ../nbs/14b_cells.ipynb #d48e0c00
+# %% ../nbs/14b_cells.ipynb #522f0c0c
 def compare_models(
     models: Mapping[str, SpectralMetrics], # by name, as `load_models` reads them
     metric: str = "rankme", # a name of `METRICS`
@@ -2088,13 +2116,14 @@ def compare_models(
                 found.setdefault(at["group"] if at["kind"] in ("global", "macro") else f"{at['kind']}/{at['group']}", {})[name] = e.get(metric)
     return [dict(group=g) | {name: x.get(name) for name in models} for g, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #9a7a61f8
+# %% ../nbs/14b_cells.ipynb #8278de76
 def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[str, list[tuple[dict, dict]]]: # group -> (place, entry)
     out: dict[str, list] = {}
     for at, e in m.entries(pool):
         if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault(at["group"], []).append((at, e))
     return out
 
+# %% ../nbs/14b_cells.ipynb #07ccf55b
 def plot_categories(
     metrics: SpectralMetrics, # of `load_metrics`
     names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
@@ -2113,7 +2142,7 @@ def plot_categories(
         ax.invert_yaxis()
     return fig
 
-# %% ../nbs/14b_cells.ipynb #ce66865f
+# %% ../nbs/14b_cells.ipynb #89f4c234
 def plot_depth(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2129,7 +2158,7 @@ def plot_depth(
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #69474039
+# %% ../nbs/14b_cells.ipynb #8f28fb92
 def plot_sweep(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2148,7 +2177,7 @@ def plot_sweep(
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #46773795
+# %% ../nbs/14b_cells.ipynb #ff82ec5d
 def plot_cells(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2165,6 +2194,7 @@ def plot_cells(
     ax.set(xlabel="part of the trace", yticks=range(len(found)), yticklabels=[_label(g) for g in found])
     return fig
 
+# %% ../nbs/14b_cells.ipynb #a988b030
 def plot_spectra(
     metrics: SpectralMetrics, # of `load_metrics`
     groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all and the categories
