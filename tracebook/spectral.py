@@ -2116,14 +2116,14 @@ def compare_models(
                 found.setdefault(at["group"] if at["kind"] in ("global", "macro") else f"{at['kind']}/{at['group']}", {})[name] = e.get(metric)
     return [dict(group=g) | {name: x.get(name) for name in models} for g, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #8278de76
+# %% ../nbs/14b_cells.ipynb #b4a30420
 def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[str, list[tuple[dict, dict]]]: # group -> (place, entry)
     out: dict[str, list] = {}
     for at, e in m.entries(pool):
         if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault(at["group"], []).append((at, e))
     return out
 
-# %% ../nbs/14b_cells.ipynb #07ccf55b
+# %% ../nbs/14b_cells.ipynb #4ecad362
 def plot_categories(
     metrics: SpectralMetrics, # of `load_metrics`
     names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
@@ -2142,7 +2142,7 @@ def plot_categories(
         ax.invert_yaxis()
     return fig
 
-# %% ../nbs/14b_cells.ipynb #89f4c234
+# %% ../nbs/14b_cells.ipynb #4682ab16
 def plot_depth(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2158,7 +2158,7 @@ def plot_depth(
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #8f28fb92
+# %% ../nbs/14b_cells.ipynb #39428b7f
 def plot_sweep(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2177,7 +2177,7 @@ def plot_sweep(
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #ff82ec5d
+# %% ../nbs/14b_cells.ipynb #0b72f8c2
 def plot_cells(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2194,7 +2194,7 @@ def plot_cells(
     ax.set(xlabel="part of the trace", yticks=range(len(found)), yticklabels=[_label(g) for g in found])
     return fig
 
-# %% ../nbs/14b_cells.ipynb #a988b030
+# %% ../nbs/14b_cells.ipynb #487f81ac
 def plot_spectra(
     metrics: SpectralMetrics, # of `load_metrics`
     groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all and the categories
