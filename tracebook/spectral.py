@@ -57,7 +57,9 @@ def _solve(solver: str, A: torch.Tensor) -> tuple[np.ndarray, str]: # values in 
     "`svdvals` or `eigvalsh` of a float64 matrix; LinAlgError if two libraries fail."
     host, total = A.cpu(), ((A * A).sum() if solver == "svdvals" else A.diagonal().sum()).item()
     if not total: return np.zeros(min(A.shape)), ""
-    for note, library, x in (("", torch.linalg, A), (f"on the CPU by numpy after torch failed on {A.device.type}", np.linalg, host.numpy())):
+    ways = [("", torch.linalg, A), (f"on the CPU by numpy after torch failed on {A.device.type}", np.linalg, host.numpy())]
+    if solver == "eigvalsh" and A.device.type == "cpu" and len(A) >= 256: ways = [("", np.linalg, host.numpy()), ("by torch after numpy failed", torch.linalg, A)] # 1.5 times as fast
+    for note, library, x in ways:
         try: values = getattr(library, solver)(x)
         except (RuntimeError, np.linalg.LinAlgError): continue
         values = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
@@ -134,9 +136,14 @@ def _triangle(A: torch.Tensor, block: int = 0) -> torch.Tensor: # [k, d] upper t
     for part in A.split(block): R = torch.linalg.qr(torch.cat([R, part]), mode="r").R
     return R
 
+def _square(A: torch.Tensor) -> torch.Tensor: # AᵀA
+    "A product that is symmetric: numpy sees it, computes one half and copies it."
+    if A.device.type != "cpu": return A.T @ A
+    return torch.from_numpy((a := A.numpy()).T @ a)
+
 def _singular(A: torch.Tensor, method: str) -> tuple[np.ndarray, str]: # values in any order, note
     if method == "gram":
-        values, note = _solve("eigvalsh", A @ A.T if A.shape[0] < A.shape[1] else A.T @ A)
+        values, note = _solve("eigvalsh", _square(A.T if A.shape[0] < A.shape[1] else A))
         return np.sqrt(np.maximum(values, 0)), note
     return _solve("svdvals", _triangle(A) if method == "qr" else A)
 
@@ -655,17 +662,12 @@ def _centred_chunk(part: torch.Tensor, spare: int = 1) -> tuple[torch.Tensor, to
     rows -= mean
     return first + mean, A
 
-def _square(A: torch.Tensor) -> torch.Tensor: # AᵀA
-    "A product that is symmetric: numpy sees it, computes one half and copies it."
-    if A.device.type != "cpu": return A.T @ A
-    return torch.from_numpy((a := A.numpy()).T @ a)
-
 # %% ../nbs/14a_moments.ipynb #6c45212d
 def _incoming(self: Any, block: Any) -> torch.Tensor: # the rows on the device of the state; ValueError for what cannot be added
     "Check a block against a state, and begin the state if it is new."
     X, dtype = _rows(block)
     if self.mean is not None and X.shape[1] != self.d: raise ValueError(f"rows of width {X.shape[1]:,} for moments of width {self.d:,}")
-    if bad := len(X) - int(torch.isfinite(X).all(1).sum()): raise ValueError(f"{bad:,} of {len(X):,} rows hold numbers that are not finite: leave them out, and count them")
+    if not torch.isfinite(X.sum(dtype=torch.float64)) and (bad := len(X) - int(torch.isfinite(X).all(1).sum())): raise ValueError(f"{bad:,} of {len(X):,} rows hold numbers that are not finite: leave them out, and count them")
     if self.mean is None: self.mean = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
     if len(X): self.dtype = _names(self.dtype, dtype)
     return X.to(self.mean.device)
@@ -1520,7 +1522,7 @@ def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.
         k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
         yield k, np.maximum(low - ends[k] + n[k], 0), np.minimum(high - ends[k] + n[k], n[k])
 
-# %% ../nbs/14b_cells.ipynb #7ec425e5
+# %% ../nbs/14b_cells.ipynb #7b967f0c
 def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "The rows of an atom from the folder; on their way they are copied where they are wanted."
     p, s = pool.pieces, work.steps
@@ -1530,12 +1532,12 @@ def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.T
         new = np.flatnonzero(start[1:] != end[:-1]) + 1
         runs = zip(start[np.append(0, new)].tolist(), end[np.append(new - 1, len(end) - 1)].tolist())
         block = torch.cat([work.hs.read(*run) for run in runs])
-        if not torch.isfinite(block).all(): _name_bad(work, block, start, size)
         _keep(work, block, start, end)
-        if work.sums is not None: _add_sums(work.sums, block, atom[k], a, size)
+        sums = block if work.sums is None else _add_sums(work.sums, block, atom[k], a, size)
+        if not torch.isfinite(sums).all(): _name_bad(work, block, start, size)
         yield block
 
-# %% ../nbs/14b_cells.ipynb #6089f6fc
+# %% ../nbs/14b_cells.ipynb #56eac5aa
 def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) -> None:
     "Copy the rows of a block that are wanted to the store."
     a, b = np.searchsorted(work.wanted, start), np.searchsorted(work.wanted, end)
@@ -1544,11 +1546,12 @@ def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) 
     begin = np.cumsum(end - start) - (end - start) # of each run in the block
     work.rows.put(slot, block[torch.from_numpy(work.wanted[slot] - np.repeat(start - begin, n))])
 
-def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarray, n: np.ndarray) -> None:
+def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarray, n: np.ndarray) -> torch.Tensor: # the sums, finite if the rows are
     "Sums of pieces in float64; a piece that began in the block before is added to."
-    part = torch.from_numpy(np.add.reduceat(block.double().numpy(), np.cumsum(n) - n, axis=0))
+    part = torch.zeros(len(n), block.shape[1], dtype=torch.float64).index_add_(0, torch.from_numpy(np.repeat(np.arange(len(n)), n)), block.double())
     if a[0]: part[0] += sums.get(piece[:1])[0]
     sums.put(piece, part)
+    return part
 
 # %% ../nbs/14b_cells.ipynb #a12e3c04
 def _name_bad(work: _Work, block: torch.Tensor, start: np.ndarray, n: np.ndarray) -> None:
@@ -1856,7 +1859,7 @@ def sensitivity(
         out.append(dict(change=change, amount=amount, n_rows=len(X), hidden_dim=X.shape[1]) | found | _gap(found, out[0] if out else found) | (dict(reason=row["reason"]) if row["reason"] else {}))
     return tuple(out)
 
-# %% ../nbs/14b_cells.ipynb #18f5cfcd
+# %% ../nbs/14b_cells.ipynb #37c12889
 _FILES = dict(basic_metrics=_basic_file, depth_profile=_depth_file, token_count_sweep=_sweep_file, svd_vs_covariance=_svd_file)
 _SCHEMA = "tracebook/spectral/{}/1"
 
@@ -1865,7 +1868,7 @@ def metrics_schema() -> dict: # JSON Schema, draft 2020-12
     return json.loads((files("tracebook")/"data"/"spectral_metrics.schema.json").read_text("utf-8"))
 
 def _write_strict(path: Path, value: Mapping) -> None:
-    _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()))
+    _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()))
 
 # %% ../nbs/14b_cells.ipynb #2bd0c175
 def _head(work: _Work, pool: _Pool, name: str) -> dict:
@@ -1875,25 +1878,30 @@ def _head(work: _Work, pool: _Pool, name: str) -> dict:
     conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown")
     return dict(schema=_SCHEMA.format(name), created_by=f"tracebook {version('tracebook')}", source=source | dict(stage=source["stage"] or "unknown"), conventions=conventions, pool=pool.name, hidden_dim=work.d)
 
-# %% ../nbs/14b_cells.ipynb #6ff55408
+# %% ../nbs/14b_cells.ipynb #70062731
+def _sensitivity_file(work: _Work, pool: _Pool) -> dict:
+    "sensitivity.json without its head: of the rows on which routes are compared."
+    rows = np.sort(pool.checked[0].rows) if 0 in pool.checked else np.empty(0, np.int64)
+    told = sensitivity(_load(work, pool.name, rows), preset=work.o["preset"]) if len(rows) > 1 else ()
+    return dict(n_rows=len(rows), all_rows=len(rows) == int(pool.groups.rows[0]), changes=list(told))
+
+# %% ../nbs/14b_cells.ipynb #c4d73166
 def _write_pool(work: _Work, pool: _Pool) -> None:
     "The folder of one pooling."
     folder, spectra = work.folder/f"pool_{pool.name}", {}
     folder.mkdir(exist_ok=True)
     for name, make in _FILES.items(): _write_strict(folder/f"{name}.json", _head(work, pool, name) | make(work, pool, spectra))
-    rows = np.sort(pool.checked[0].rows) if 0 in pool.checked else np.empty(0, np.int64)
-    told = sensitivity(_load(work, pool.name, rows), preset=work.o["preset"]) if work.o["sensitivity"] and len(rows) > 1 else ()
-    _write_strict(folder/"sensitivity.json", _head(work, pool, "sensitivity") | dict(n_rows=len(rows), all_rows=len(rows) == int(pool.groups.rows[0]), changes=list(told)))
+    if pool.name in work.o["sensitivity"]: _write_strict(folder/"sensitivity.json", _head(work, pool, "sensitivity") | _sensitivity_file(work, pool))
     part = folder/".spectra.part"
     save_file(spectra, part)
     os.replace(part, folder/f"spectra_{pool.name}.safetensors")
 
-# %% ../nbs/14b_cells.ipynb #fce27b66
+# %% ../nbs/14b_cells.ipynb #febcfa21
 _POOLINGS = ("all", "mean", "first", "last")
 
 def _check(o: dict) -> dict:
     "Settings that can be; ValueError for others."
-    for key, known in dict(poolings=_POOLINGS, svd=("global", "segments", "macro", "micro"), intervals=("global", "segments", "macro", "micro")).items():
+    for key, known in dict(poolings=_POOLINGS, sensitivity=_POOLINGS, svd=("global", "segments", "macro", "micro"), intervals=("global", "segments", "macro", "micro")).items():
         o[key] = [o[key]] if isinstance(o[key], str) else list(o[key])
         if (lost := [x for x in o[key] if x not in known]) or len(set(o[key])) < len(o[key]): raise ValueError(f"{key}={o[key]!r}; choose some of {', '.join(known)}, each once")
     for key, known in dict(groups=("macro", "category"), unit=("token", "trace"), preset=tuple(p.name for p in PRESETS.values() if p.fit)).items():
@@ -1907,14 +1915,14 @@ def _check(o: dict) -> dict:
     if not all(whole(x, 1) for x in o["counts"] or ()) or not all(type(x) is int for x in o["seeds"]): raise ValueError("counts and seeds are whole numbers, counts from 1")
     return o
 
-# %% ../nbs/14b_cells.ipynb #fd144a72
+# %% ../nbs/14b_cells.ipynb #7ec8b873
 def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
     "What the states are: config and index as JSON with sorted keys."
     digest = hashlib.sha256()
     for part in (hs.config, *hs.samples): digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
     return digest.hexdigest()
 
-# %% ../nbs/14b_cells.ipynb #bc3d0a16
+# %% ../nbs/14b_cells.ipynb #14bbb2bc
 def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is done already
     "A new folder, or one to go on with; ValueError for one of other settings, or of somebody else."
     said = _strict_json((folder/"run.json").read_bytes(), "run.json") if (folder/"run.json").exists() else None
@@ -1927,14 +1935,14 @@ def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is
     _write_strict(folder/"run.json", dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
     return False
 
-# %% ../nbs/14b_cells.ipynb #d63cf669
+# %% ../nbs/14b_cells.ipynb #e9595d15
 def _clear_metrics(folder: Path) -> None:
     "Remove what a run has written, and nothing else."
     shutil.rmtree(folder/".work", ignore_errors=True)
     for pool in _POOLINGS:
         for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool}.safetensors"): (folder/f"pool_{pool}"/name).unlink(missing_ok=True)
 
-# %% ../nbs/14b_cells.ipynb #78d68714
+# %% ../nbs/14b_cells.ipynb #3da6558c
 def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, progress: bool) -> None:
     "Plan, pass, files."
     o["source"] = _source_hash(hs)
@@ -1950,7 +1958,7 @@ def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, pro
     work.rows = work.sums = None
     shutil.rmtree(work.work)
 
-# %% ../nbs/14b_cells.ipynb #3c49aa3d
+# %% ../nbs/14b_cells.ipynb #00732757
 def spectral_metrics(
     hidden_states_or_folder: Any = None, # a `HiddenStates` or its folder; None: the toy's states on its own annotated traces, made first
     out_dir: str | Path | None = None, # the folder to write; None: `spectral_metrics/` and the name of the model
@@ -1966,7 +1974,7 @@ def spectral_metrics(
     trace_groups: int = 20, # groups of traces for the intervals; each costs a state and a spectrum a group
     svd: Sequence[str] = ("global",), # kinds of groups in `svd_vs_covariance.json`
     svd_rows: int | str | None = None, # rows of each; None: 2 d; "all": every row, by triangles
-    sensitivity: bool = True, # also write `sensitivity.json`
+    sensitivity: Sequence[str] = ("all",), # poolings that get a `sensitivity.json`, where they are among `poolings`
     device: Any = None, # where products and spectra are computed; None: the CPU
     resume: bool = True, # go on with what is there; False: begin again
     progress: bool = True, # a progress bar
@@ -1975,7 +1983,7 @@ def spectral_metrics(
     "Spectra and metrics of every kind of step, depth and pooling, with each row read once; the same call goes on after a crash."
     if out_dir is not None and root is not None: raise ValueError("give out_dir (this folder) or root (a tree of models), not both")
     intervals = intervals if intervals is not None else ("global", "segments", "macro") if hidden_states_or_folder is None else ()
-    o = _check(dict(poolings=poolings, groups=groups, n_bins=n_bins, counts=counts, seeds=seeds, unit=unit, preset=preset, intervals=intervals, trace_groups=trace_groups, svd=svd, svd_rows=svd_rows, sensitivity=bool(sensitivity)))
+    o = _check(dict(poolings=poolings, groups=groups, n_bins=n_bins, counts=counts, seeds=seeds, unit=unit, preset=preset, intervals=intervals, trace_groups=trace_groups, svd=svd, svd_rows=svd_rows, sensitivity=sensitivity))
     with TemporaryDirectory() as made:
         if hidden_states_or_folder is None: extract_hidden_states(out_dir=(hidden_states_or_folder := made), progress=False)
         hs = hidden_states_or_folder if isinstance(hidden_states_or_folder, HiddenStates) else HiddenStates(hidden_states_or_folder)
@@ -1984,7 +1992,7 @@ def spectral_metrics(
         _run(hs, folder, o, device, resume, progress)
     return load_metrics(folder)
 
-# %% ../nbs/14b_cells.ipynb #0a13057f
+# %% ../nbs/14b_cells.ipynb #cb720303
 @dataclass(repr=False)
 class SpectralMetrics:
     "The metrics of one model; made by `load_metrics`."
@@ -2005,11 +2013,11 @@ class SpectralMetrics:
         told = [f"{len(x)} {what}" for x, what in ((self.problems, "damaged"), (self.missing, "missing"), (self.foreign, "of others")) if x]
         return visible(f"SpectralMetrics({self.model}: {', '.join(self.pools)}{told and '; files ' + ', '.join(told) or ''})")
 
-# %% ../nbs/14b_cells.ipynb #b616fded
+# %% ../nbs/14b_cells.ipynb #b6b14e67
 def _ours(value: Any) -> bool: # whether a file says that it is from here, in this version
     return isinstance(value, dict) and isinstance(value.get("source"), dict) and any(value.get("schema") == _SCHEMA.format(k) for k in (*_FILES, "sensitivity"))
 
-# %% ../nbs/14b_cells.ipynb #d691d93f
+# %% ../nbs/14b_cells.ipynb #7a2b8c93
 def load_metrics(
     folder: str | Path, # with folders pool_all, pool_mean, …
     max_json: int = 1 << 28, # bytes of a file
@@ -2023,7 +2031,7 @@ def load_metrics(
         for path in sorted({*pool.glob("*.json"), *(pool/f"{name}.json" for name in _FILES)}): _load_one(out, pool, path, max_json)
     return out
 
-# %% ../nbs/14b_cells.ipynb #7e2697cd
+# %% ../nbs/14b_cells.ipynb #4bb399fd
 def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     "One file into the metrics, or into what is wrong with them."
     name = f"{pool.name}/{path.name}"
@@ -2035,7 +2043,7 @@ def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     out.raw[pool.name[5:]][path.stem] = value
     if not _ours(value): out.foreign.append(name)
 
-# %% ../nbs/14b_cells.ipynb #88f61418
+# %% ../nbs/14b_cells.ipynb #95c04302
 def load_models(
     root: str | Path, # a tree `<model>/pool_all/…`, or the folder above it
 ) -> dict[str, SpectralMetrics]: # by name of the folder
@@ -2044,7 +2052,7 @@ def load_models(
     root = root/"spectral_metrics" if (root/"spectral_metrics").is_dir() else root
     return {p.name: load_metrics(p) for p in sorted(root.iterdir()) if p.is_dir() and any(q.is_dir() for q in p.glob("pool_*"))}
 
-# %% ../nbs/14b_cells.ipynb #8040c6c5
+# %% ../nbs/14b_cells.ipynb #853a7b3b
 @patch
 def spectrum(self: SpectralMetrics,
     group: str = "global", # the key of an entry's `spectrum`, such as "macro/Plan" or "bins/3"
@@ -2057,14 +2065,14 @@ def spectrum(self: SpectralMetrics,
     c = self.raw[pool]["basic_metrics"]["conventions"]
     return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=self.raw[pool]["basic_metrics"]["hidden_dim"], centered=centered, dtype=c["dtype"], mean_norm=entry.get("mean_norm"))
 
-# %% ../nbs/14b_cells.ipynb #4c098d86
+# %% ../nbs/14b_cells.ipynb #ff9a27ee
 @patch
 def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
     cache = self.__dict__.setdefault("_loaded", {})
     if pool not in cache: cache[pool] = load_file(self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors")
     return cache[pool]
 
-# %% ../nbs/14b_cells.ipynb #c6e266b3
+# %% ../nbs/14b_cells.ipynb #c0ceb30b
 @patch
 def entries(self: SpectralMetrics,
     pool: str = "all", # pooling
@@ -2081,12 +2089,12 @@ def entries(self: SpectralMetrics,
     for x, series in f.get("token_count_sweep", {}).get("series", {}).items():
         yield from ((at("token_count_sweep", "global" if x == "global" else "macro", x, None, e["count"], e["seed"]), e) for e in series if e.get("n_rows") is not None)
 
-# %% ../nbs/14b_cells.ipynb #db7260b8
+# %% ../nbs/14b_cells.ipynb #09408cdf
 @patch
 def _entry(self: SpectralMetrics, pool: str, group: str) -> dict | None: # by the key of its spectrum
     return next((e for _, e in self.entries(pool) if e.get("spectrum") == group), None)
 
-# %% ../nbs/14b_cells.ipynb #2bb6d3ab
+# %% ../nbs/14b_cells.ipynb #571f3a7c
 METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null")
 _TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
     ("metric", pa.string()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64()), ("reason", pa.string())])
@@ -2101,7 +2109,7 @@ def metrics_table(
         for name, m in several.items() for pool in m.pools for where, e in m.entries(pool) for k in names if k in e]
     return pa.Table.from_pylist(rows, schema=_TABLE)
 
-# %% ../nbs/14b_cells.ipynb #522f0c0c
+# %% ../nbs/14b_cells.ipynb #248de31a
 def compare_models(
     models: Mapping[str, SpectralMetrics], # by name, as `load_models` reads them
     metric: str = "rankme", # a name of `METRICS`
@@ -2116,14 +2124,14 @@ def compare_models(
                 found.setdefault(at["group"] if at["kind"] in ("global", "macro") else f"{at['kind']}/{at['group']}", {})[name] = e.get(metric)
     return [dict(group=g) | {name: x.get(name) for name in models} for g, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #b4a30420
+# %% ../nbs/14b_cells.ipynb #6de96131
 def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[str, list[tuple[dict, dict]]]: # group -> (place, entry)
     out: dict[str, list] = {}
     for at, e in m.entries(pool):
         if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault(at["group"], []).append((at, e))
     return out
 
-# %% ../nbs/14b_cells.ipynb #4ecad362
+# %% ../nbs/14b_cells.ipynb #1f9ee6be
 def plot_categories(
     metrics: SpectralMetrics, # of `load_metrics`
     names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
@@ -2142,7 +2150,7 @@ def plot_categories(
         ax.invert_yaxis()
     return fig
 
-# %% ../nbs/14b_cells.ipynb #4682ab16
+# %% ../nbs/14b_cells.ipynb #2b5238bb
 def plot_depth(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2158,7 +2166,7 @@ def plot_depth(
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #39428b7f
+# %% ../nbs/14b_cells.ipynb #80cfbd39
 def plot_sweep(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2177,7 +2185,7 @@ def plot_sweep(
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #0b72f8c2
+# %% ../nbs/14b_cells.ipynb #d16461b8
 def plot_cells(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2194,7 +2202,7 @@ def plot_cells(
     ax.set(xlabel="part of the trace", yticks=range(len(found)), yticklabels=[_label(g) for g in found])
     return fig
 
-# %% ../nbs/14b_cells.ipynb #487f81ac
+# %% ../nbs/14b_cells.ipynb #c85f5e0d
 def plot_spectra(
     metrics: SpectralMetrics, # of `load_metrics`
     groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all and the categories
