@@ -338,7 +338,7 @@ def _book_spectra(folder: str | None) -> Any: # metrics, or None
     from tracebook.spectral import load_metrics, spectral_metrics
     if any(Path(folder).glob("pool_*")): return load_metrics(folder)
     made = TemporaryDirectory()
-    metrics = spectral_metrics(folder, Path(made.name)/"metrics", poolings=["all"], sensitivity=False, progress=sys.stderr.isatty())
+    metrics = spectral_metrics(folder, Path(made.name)/"metrics", poolings=["all"], sensitivity=(), progress=sys.stderr.isatty())
     metrics._home = made # the saved spectra are read later
     return metrics
 
