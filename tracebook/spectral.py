@@ -58,7 +58,7 @@ def _solve(solver: str, A: torch.Tensor) -> tuple[np.ndarray, str]: # values in 
     host, total = A.cpu(), ((A * A).sum() if solver == "svdvals" else A.diagonal().sum()).item()
     if not total: return np.zeros(min(A.shape)), ""
     ways = [("", torch.linalg, A), (f"on the CPU by numpy after torch failed on {A.device.type}", np.linalg, host.numpy())]
-    if solver == "eigvalsh" and A.device.type == "cpu" and len(A) >= 256: ways = [("", np.linalg, host.numpy()), ("by torch after numpy failed", torch.linalg, A)] # 1.5 times as fast
+    if solver == "eigvalsh" and A.device.type == "cpu" and len(A) >= 256: ways = [("", np.linalg, host.numpy()), ("by torch after numpy failed", torch.linalg, A)] # the faster of the two on a CPU
     for note, library, x in ways:
         try: values = getattr(library, solver)(x)
         except (RuntimeError, np.linalg.LinAlgError): continue
@@ -2124,12 +2124,12 @@ def compare_models(
                 found.setdefault(at["group"] if at["kind"] in ("global", "macro") else f"{at['kind']}/{at['group']}", {})[name] = e.get(metric)
     return [dict(group=g) | {name: x.get(name) for name in models} for g, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #6de96131
+# %% ../nbs/14b_cells.ipynb #5a93ac7f
 def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[str, list[tuple[dict, dict]]]: # group -> (place, entry)
     out: dict[str, list] = {}
     for at, e in m.entries(pool):
         if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault(at["group"], []).append((at, e))
-    return out
+    return dict(sorted(out.items(), key=lambda x: (x[0] != "global", x[0]))) # a category has the same colour in all pictures
 
 # %% ../nbs/14b_cells.ipynb #1f9ee6be
 def plot_categories(
@@ -2166,7 +2166,7 @@ def plot_depth(
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #80cfbd39
+# %% ../nbs/14b_cells.ipynb #f0d7cec7
 def plot_sweep(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2181,7 +2181,7 @@ def plot_sweep(
             if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], label=_label(g) if not k else None)
         null |= {e["n_rows"]: e["isotropic_null"] for _, e in points if e["isotropic_null"]}
     if null and name == "effective_rank": ax.plot(*zip(*sorted(null.items())), "--", color="#888888", label="isotropic null")
-    ax.set(xlabel="rows", ylabel=_label(name), xscale="log")
+    ax.set(xlabel="rows", ylabel=_label(name), xscale="log", yscale="linear" if name.startswith("alpha") else "log")
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
