@@ -52,7 +52,7 @@ def _centre(X: torch.Tensor, center: bool) -> tuple[torch.Tensor, torch.Tensor, 
     mean = rest.mean(0)
     return (rest.sub_(mean) if center else A), shift + mean, e
 
-# %% ../nbs/14_spectral.ipynb #24125a7f
+# %% ../nbs/14_spectral.ipynb #5bdfd640
 def _solve(solver: str, A: torch.Tensor) -> tuple[np.ndarray, str]: # values in float64, and a note if it took a second attempt
     "`svdvals` or `eigvalsh` of a float64 matrix; LinAlgError if two libraries fail."
     host, total = A.cpu(), ((A * A).sum() if solver == "svdvals" else A.diagonal().sum()).item()
@@ -67,11 +67,12 @@ def _solve(solver: str, A: torch.Tensor) -> tuple[np.ndarray, str]: # values in 
         if np.isfinite(values).all() and abs(found - total) <= 1e-10 * abs(total): return values, note
     raise np.linalg.LinAlgError(f"{solver} of a matrix {tuple(A.shape)} failed in torch and in numpy")
 
-# %% ../nbs/14_spectral.ipynb #b48a5254
+# %% ../nbs/14_spectral.ipynb #f68eb617
 EPS = float(np.finfo(np.float64).eps)
 _FLOORS = dict(svd=lambda n, d: max(n, d) * EPS, qr=lambda n, d: max(n, d) * EPS, gram=lambda n, d: math.sqrt(10 * d * EPS), given=lambda n, d: 0.) # method -> smallest σ/σ₁ that is no dust
 _FLOORS["gram-fp32"] = lambda n, d: 3.4e-4 # the root of float32's precision
 
+# %% ../nbs/14_spectral.ipynb #f5e9be7a
 @dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
     "The singular values of n rows of width d, and what has to be known about them; made by `spectrum`, or from saved values."
@@ -88,10 +89,7 @@ class Spectrum:
 
     def __post_init__(self): self._settle()
 
-    @property
-    def centred(self) -> bool: return self.centered
-
-# %% ../nbs/14_spectral.ipynb #21980d9c
+# %% ../nbs/14_spectral.ipynb #6590e759
 @patch
 def _settle(self: Spectrum) -> None:
     "Check the values, pad them to min(n, d), and set to 0 what is up to the floor."
@@ -106,48 +104,56 @@ def _settle(self: Spectrum) -> None:
     self.sigma.setflags(write=False)
     if self.reason is None: put("reason", self._why_not())
 
-# %% ../nbs/14_spectral.ipynb #7b977c2d
+# %% ../nbs/14_spectral.ipynb #2d1c24f5
 @patch
 def _why_not(self: Spectrum) -> str | None: # None: metrics are defined
     if not self.d: return "rows without a width"
     if self.n < 2: return "no rows" if not self.n else "a single row"
     if not self.sigma[0]: return "all rows are equal" if self.centered else "all rows are zero"
 
-# %% ../nbs/14_spectral.ipynb #28492d22
+# %% ../nbs/14_spectral.ipynb #a8ef43a6
 @patch(as_prop=True)
 def rank(self: Spectrum) -> int:
     "How many singular values lie above the floor."
     return int(np.count_nonzero(self.sigma))
 
+# %% ../nbs/14_spectral.ipynb #9b086918
 @patch(as_prop=True)
 def eigenvalues(self: Spectrum) -> np.ndarray: # float64 [min(n, d)]: σ²/(n-1) of centred rows, σ²/n of others
     "The eigenvalues of the covariance; of uncentred rows, those of the second moments."
     return self.sigma ** 2 / max(self.n - self.centered, 1)
 
+@patch(as_prop=True)
+def centred(self: Spectrum) -> bool: # the same as `centered`
+    return self.centered
+
+# %% ../nbs/14_spectral.ipynb #35cc52b5
 @patch
 def __repr__(self: Spectrum) -> str:
     told = self.reason or f"rank {self.rank:,}, σ from {self.sigma[0]:.4g} to {self.sigma[self.rank - 1]:.4g}"
     return f"Spectrum({self.n:,} × {self.d:,} {self.dtype}, {'centred' if self.centered else 'not centred'}, {told}, {self.method}{self.note and ', ' + self.note})"
 
-# %% ../nbs/14_spectral.ipynb #32d71c78
+# %% ../nbs/14_spectral.ipynb #f81dce2e
 def _triangle(A: torch.Tensor, block: int = 0) -> torch.Tensor: # [k, d] upper triangular, k = min(rows, d)
     "The triangle R with RᵀR = AᵀA, a block of rows at a time."
     block, R = block or max(4 * A.shape[1], 1024), A[:0]
     for part in A.split(block): R = torch.linalg.qr(torch.cat([R, part]), mode="r").R
     return R
 
+# %% ../nbs/14_spectral.ipynb #d8c083c2
 def _square(A: torch.Tensor) -> torch.Tensor: # AᵀA
     "A product that is symmetric: numpy sees it, computes one half and copies it."
     if A.device.type != "cpu": return A.T @ A
     return torch.from_numpy((a := A.numpy()).T @ a)
 
+# %% ../nbs/14_spectral.ipynb #7c51cd7f
 def _singular(A: torch.Tensor, method: str) -> tuple[np.ndarray, str]: # values in any order, note
     if method == "gram":
         values, note = _solve("eigvalsh", _square(A.T if A.shape[0] < A.shape[1] else A))
         return np.sqrt(np.maximum(values, 0)), note
     return _solve("svdvals", _triangle(A) if method == "qr" else A)
 
-# %% ../nbs/14_spectral.ipynb #85ad8ab5
+# %% ../nbs/14_spectral.ipynb #c5000dc8
 def spectrum(
     Z: Any, # rows [n, d]: numpy, torch or lists, any real dtype, CPU or GPU; not changed
     center: bool = True, # subtract the mean row
@@ -166,7 +172,7 @@ def spectrum(
     if not np.isfinite(sigma).all(): return Spectrum([], **about, reason="singular values beyond the range of float64")
     return Spectrum(sigma, **about, mean_norm=float(np.ldexp(torch.linalg.vector_norm(mean).item(), e)) if n else None, note=note)
 
-# %% ../nbs/14_spectral.ipynb #7b4164b1
+# %% ../nbs/14_spectral.ipynb #d65c650a
 class Conventions(NamedTuple):
     "What a number of a spectrum depends on, besides the rows."
     preset: str = "canonical" # whose convention, a key of `PRESETS`
@@ -181,12 +187,14 @@ class Conventions(NamedTuple):
     method: str = "svd" # how the spectrum was computed
     stage: str | None = None # where in the model the rows were taken, if that is known
 
-    def __str__(self) -> str:
-        parts = [self.preset, {"sigma": "σ", "lambda": "λ"}.get(self.weights), {True: "centred", False: "not centred"}.get(self.centered), f"ε {self.eps:g}",
-            self.k and f"{self.k:,} components", self.fit and f"ranks {self.fit[0]}..{self.fit[1]}", f"{self.n:,} × {self.d:,} {self.dtype}", self.method, self.stage]
-        return ", ".join(p for p in parts if p)
+# %% ../nbs/14_spectral.ipynb #64c17d4b
+@patch
+def __str__(self: Conventions) -> str:
+    parts = [self.preset, {"sigma": "σ", "lambda": "λ"}.get(self.weights), {True: "centred", False: "not centred"}.get(self.centered), f"ε {self.eps:g}",
+        self.k and f"{self.k:,} components", self.fit and f"ranks {self.fit[0]}..{self.fit[1]}", f"{self.n:,} × {self.d:,} {self.dtype}", self.method, self.stage]
+    return ", ".join(p for p in parts if p)
 
-# %% ../nbs/14_spectral.ipynb #9bc5bed6
+# %% ../nbs/14_spectral.ipynb #12ff7882
 class Metric(float):
     "A number with its name and its `conventions`; arithmetic makes plain floats of it."
     __slots__ = ("name", "conventions")
@@ -198,12 +206,13 @@ class Metric(float):
     def __repr__(self) -> str: return f"{float(self):.6g} ({self.name}: {self.conventions})"
     __str__ = float.__repr__
 
-# %% ../nbs/14_spectral.ipynb #b529a405
+# %% ../nbs/14_spectral.ipynb #48e51031
 class UndefinedMetric(UserWarning):
     "A metric that these rows do not have; `reason` says why."
     @property
     def reason(self) -> str: return str(self.args[0]) if self.args else ""
 
+# %% ../nbs/14_spectral.ipynb #69487079
 def _or_none(metric: Callable) -> Callable:
     "The function, with None and a warning where it raises `UndefinedMetric`."
     @wraps(metric)
@@ -212,31 +221,33 @@ def _or_none(metric: Callable) -> Callable:
         except UndefinedMetric as undefined: warnings.warn(undefined, stacklevel=2)
     return inner
 
-# %% ../nbs/14_spectral.ipynb #b6199154
+# %% ../nbs/14_spectral.ipynb #76ddd255
 def _as_spectrum(Z: Any, center: bool = True) -> Spectrum: # UndefinedMetric if it has no metric
     "A spectrum as it is, moments or rows as theirs."
     s = Z if isinstance(Z, Spectrum) else Z.spectrum(center=center) if hasattr(Z, "spectrum") else spectrum(Z, center)
     if s.reason: raise UndefinedMetric(s.reason)
     return s
 
+# %% ../nbs/14_spectral.ipynb #ab1d5c3f
 def _metric(name: str, value: float, s: Spectrum, weights: str | None = "lambda", **more) -> Metric: # UndefinedMetric if it is not finite
     if not math.isfinite(value): raise UndefinedMetric(f"{name} lies beyond the range of float64")
     method = s.method + (s.note and f" ({s.note})")
     return Metric(value, name, Conventions(**dict(weights=weights, centered=s.centered, n=s.n, d=s.d, dtype=s.dtype, method=method) | more))
 
-# %% ../nbs/14_spectral.ipynb #4f0ee7f4
+# %% ../nbs/14_spectral.ipynb #4f013f78
 def _shares(s: Spectrum, weights: str = "lambda", k: int | None = None) -> np.ndarray: # float64, descending, sum 1
     "The first k singular values, or their squares, as shares of their sum."
     w = s.sigma[:k] / s.sigma[0]
     if weights == "lambda": w = w * w
     return w / w.sum()
 
+# %% ../nbs/14_spectral.ipynb #db2ded52
 def _entropy(p: np.ndarray) -> float: # in nats
     "-Σ p ln p, with 0 ln 0 = 0; the shares need not add up to 1."
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())
 
-# %% ../nbs/14_spectral.ipynb #453b0ebf
+# %% ../nbs/14_spectral.ipynb #afa3b0a1
 @_or_none
 def stable_rank(
     Z: Any, # rows, a spectrum or moments
@@ -244,6 +255,7 @@ def stable_rank(
     "Σλ / λ₁: how often the largest eigenvalue fits into the sum (of centred rows also NESum)."
     return _metric("stable_rank", 1 / _shares(s := _as_spectrum(Z))[0], s)
 
+# %% ../nbs/14_spectral.ipynb #16ee4ff9
 @_or_none
 def participation_ratio(
     Z: Any, # rows, a spectrum or moments
@@ -252,6 +264,7 @@ def participation_ratio(
     p = _shares(s := _as_spectrum(Z))
     return _metric("participation_ratio", 1 / (p * p).sum(), s)
 
+# %% ../nbs/14_spectral.ipynb #cf644200
 @_or_none
 def effective_rank(
     Z: Any, # rows, a spectrum or moments
@@ -259,7 +272,7 @@ def effective_rank(
     "exp H(λ/Σλ): the exponential of the von Neumann entropy of the covariance."
     return _metric("effective_rank", math.exp(_entropy(_shares(s := _as_spectrum(Z)))), s, k=s.rank)
 
-# %% ../nbs/14_spectral.ipynb #cf9dc9bc
+# %% ../nbs/14_spectral.ipynb #0b78cf8a
 @_or_none
 def top1_share(
     Z: Any, # rows, a spectrum or moments
@@ -267,10 +280,12 @@ def top1_share(
     "λ₁ / Σλ: the share of the first direction in the variance."
     return _metric("top1_share", float(_shares(s := _as_spectrum(Z))[0]), s)
 
+# %% ../nbs/14_spectral.ipynb #7cfcf6ad
 def _needed(name: str, share: float, s: Spectrum) -> Metric:
     sums = np.cumsum(_shares(s))
     return _metric(name, float(np.searchsorted(sums, share * (1 - 1e-12)) + 1), s)
 
+# %% ../nbs/14_spectral.ipynb #788ee409
 @_or_none
 def n90(
     Z: Any, # rows, a spectrum or moments
@@ -278,6 +293,7 @@ def n90(
     "The fewest components that hold 90 % of the variance."
     return _needed("n90", .90, _as_spectrum(Z))
 
+# %% ../nbs/14_spectral.ipynb #3cfc84c0
 @_or_none
 def n99(
     Z: Any, # rows, a spectrum or moments
@@ -285,7 +301,7 @@ def n99(
     "The fewest components that hold 99 % of the variance."
     return _needed("n99", .99, _as_spectrum(Z))
 
-# %% ../nbs/14_spectral.ipynb #731e5534
+# %% ../nbs/14_spectral.ipynb #31e7f3aa
 @_or_none
 def mean_norm2_share(
     Z: Any, # rows, a spectrum that knows the mean, or moments
@@ -298,7 +314,13 @@ def mean_norm2_share(
     part, rest = (long / top) ** 2, float(((s.sigma / top) ** 2).sum())
     return _metric("mean_norm2_share", part / (part + rest) if s.centered else min(part / rest, 1.), s, None)
 
-# %% ../nbs/14_spectral.ipynb #95cf3c7f
+# %% ../nbs/14_spectral.ipynb #54a61ca4
+def _check_fit(fit: tuple[int, int]) -> tuple[int, int]: # ValueError for a range that is none
+    lo, hi = fit
+    if not (int(lo) == lo and int(hi) == hi and 1 <= lo <= hi): raise ValueError(f"fit={fit!r}: give the first and the last rank, counted from 1, as (lo, hi)")
+    return int(lo), int(hi)
+
+# %% ../nbs/14_spectral.ipynb #f86be651
 @dataclass(frozen=True)
 class Preset:
     "One convention: what is done with the rows before a number comes out."
@@ -314,12 +336,7 @@ class Preset:
         if self.weights not in (None, "sigma", "lambda"): raise ValueError(f"weights={self.weights!r}; choose sigma, lambda or None")
         if self.fit is not None: _check_fit(self.fit)
 
-def _check_fit(fit: tuple[int, int]) -> tuple[int, int]: # ValueError for a range that is none
-    lo, hi = fit
-    if not (int(lo) == lo and int(hi) == hi and 1 <= lo <= hi): raise ValueError(f"fit={fit!r}: give the first and the last rank, counted from 1, as (lo, hi)")
-    return int(lo), int(hi)
-
-# %% ../nbs/14_spectral.ipynb #d3316bdc
+# %% ../nbs/14_spectral.ipynb #71f1f1fb
 PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("canonical", True, "sigma", fit=(12, 100), source="this library: centred, no ε, no truncation; `effective_rank` is the same of λ"),
     Preset("garrido", False, "sigma", 1e-7, source="Garrido et al. 2023, RankMe"),
@@ -330,7 +347,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("fastssl", True, "lambda", 1e-7, 2048, (4, 100), source="kumarkrishna/fastssl; its ε is inferred from related code"),
     Preset("stringer", True, None, fit=(11, 500), source="Stringer et al. 2019: its range of ranks only (the original cross-validates the eigenvalues)"))} # conventions by name
 
-# %% ../nbs/14_spectral.ipynb #6e041cc9
+# %% ../nbs/14_spectral.ipynb #6c6ea9a7
 def _preset(preset: str | Preset, what: str) -> Preset: # ValueError if it is unknown or has no such metric
     p = preset if isinstance(preset, Preset) else PRESETS.get(preset)
     able = [q.name for q in PRESETS.values() if (q.weights if what == "RankMe" else q.fit)]
@@ -338,12 +355,16 @@ def _preset(preset: str | Preset, what: str) -> Preset: # ValueError if it is un
     if not (p.weights if what == "RankMe" else p.fit): raise ValueError(f"{p.name} has no {what}; choose {', '.join(able)}")
     return p
 
+# %% ../nbs/14_spectral.ipynb #5354c3ce
 def _for_preset(Z: Any, p: Preset) -> Spectrum: # ValueError if the spectrum was centred otherwise
     s = _as_spectrum(Z, p.centered is True)
     if p.centered not in (None, s.centered) and p.name != "canonical": raise ValueError(f"{p.name} takes rows that are {'centred' if p.centered else 'not centred'}, and this spectrum is of the others: give the rows, or spectrum(Z, center={p.centered})")
     return s
 
-# %% ../nbs/14_spectral.ipynb #59b23616
+# %% ../nbs/14_spectral.ipynb #b4e07160
+def _rankme(s: Spectrum, weights: str, eps: float, k: int | None) -> float: return math.exp(_entropy(_shares(s, weights, k) + eps))
+
+# %% ../nbs/14_spectral.ipynb #fa9f4b21
 @_or_none
 def rankme(
     Z: Any, # rows, a spectrum or moments
@@ -354,9 +375,7 @@ def rankme(
     s = _for_preset(Z, p)
     return _metric("rankme", _rankme(s, p.weights, p.eps, p.k), s, p.weights, preset=p.name, eps=p.eps, k=len(s.sigma[:p.k]) if p.eps else int(np.count_nonzero(s.sigma[:p.k])))
 
-def _rankme(s: Spectrum, weights: str, eps: float, k: int | None) -> float: return math.exp(_entropy(_shares(s, weights, k) + eps))
-
-# %% ../nbs/14_spectral.ipynb #36375c7b
+# %% ../nbs/14_spectral.ipynb #f49ad42c
 @dataclass(frozen=True, repr=False)
 class AlphaFit:
     "The exponent of a power law and how well it fits; made by `alpha_req`."
@@ -369,12 +388,17 @@ class AlphaFit:
     fit_truncated: bool = False # whether the spectrum ended before the range did
     level: float = 0. # ln λ of the line at rank 1, relative to ln λ₁
 
-    @property
-    def conventions(self) -> Conventions: return self.alpha.conventions
-    def __float__(self) -> float: return float(self.alpha)
-    def __repr__(self) -> str: return f"AlphaFit({float(self):.4f} ± {self.stderr:.4f}, R² {'undefined' if self.r2 is None else f'{self.r2:.4f}'}, {self.conventions}{', range cut short' if self.fit_truncated else ''})"
+# %% ../nbs/14_spectral.ipynb #d66f35c6
+@patch(as_prop=True)
+def conventions(self: AlphaFit) -> Conventions: return self.alpha.conventions
 
-# %% ../nbs/14_spectral.ipynb #662692b8
+@patch
+def __float__(self: AlphaFit) -> float: return float(self.alpha)
+
+@patch
+def __repr__(self: AlphaFit) -> str: return f"AlphaFit({float(self):.4f} ± {self.stderr:.4f}, R² {'undefined' if self.r2 is None else f'{self.r2:.4f}'}, {self.conventions}{', range cut short' if self.fit_truncated else ''})"
+
+# %% ../nbs/14_spectral.ipynb #d8b25143
 def _line(sigma: np.ndarray, lo: int, hi: int) -> tuple[float, float | None, float, float]: # alpha, R², standard error, level at rank 1
     "The weighted line through ln λ over ln rank."
     rank = np.arange(lo, hi + 1.)
@@ -386,7 +410,7 @@ def _line(sigma: np.ndarray, lo: int, hi: int) -> tuple[float, float | None, flo
     flat = total <= (64 * EPS * max(1., np.abs(y).max())) ** 2 * w.sum() # nothing but rounding to explain
     return 0. - float(slope), None if flat else float(1 - left / total), float(math.sqrt(left / (len(x) - 2) / spread)), float(y0 - slope * x0)
 
-# %% ../nbs/14_spectral.ipynb #23671c5c
+# %% ../nbs/14_spectral.ipynb #07654788
 @_or_none
 def alpha_req(
     Z: Any, # rows, a spectrum or moments
@@ -402,7 +426,21 @@ def alpha_req(
     alpha, r2, stderr, level = _line(s.sigma, lo, hi)
     return AlphaFit(_metric("alpha", alpha, s, preset=p.name, fit=(lo, hi)), r2, stderr, lo, hi, hi - lo + 1, hi < asked, level)
 
-# %% ../nbs/14_spectral.ipynb #c69b6bd9
+# %% ../nbs/14_spectral.ipynb #e29aabd3
+def _fit_or_none(s: Spectrum, preset: str | Preset, fit: tuple[int, int] | None) -> AlphaFit | None:
+    try: return alpha_req.__wrapped__(s, preset, fit)
+    except UndefinedMetric: return None
+
+# %% ../nbs/14_spectral.ipynb #e2e139e5
+def _draw(ax: Any, s: Spectrum, name: str, colour: str, fit: AlphaFit | None) -> None:
+    "One spectrum, and its line if it has one."
+    ax.plot(np.arange(1, s.rank + 1), (s.sigma[:s.rank] / s.sigma[0]) ** 2, ".", color=colour, markersize=2.5, alpha=.6, label=f"{name} ({s.n:,} × {s.d:,})".strip())
+    if fit is None: return
+    ends = np.array([fit.fit_lo, fit.fit_hi], float)
+    ax.plot(ends, np.exp(fit.level) * ends ** -float(fit), "-", color=rcParams["text.color"], linewidth=1, marker="|", markersize=9, zorder=3, label=f"{name and name + ': '}α = {fit.alpha:.3f} over {fit.fit_lo}..{fit.fit_hi}" + ("" if fit.r2 is None else f", R² {fit.r2:.3f}"))
+    ax.axvspan(*ends, color=colour, alpha=.06, linewidth=0)
+
+# %% ../nbs/14_spectral.ipynb #1fe90ac5
 def plot_spectrum(
     spectra: Any, # rows, a spectrum or moments; or a dictionary of several by name
     preset: str | Preset = "li2025", # whose range of ranks
@@ -419,20 +457,7 @@ def plot_spectrum(
     ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14_spectral.ipynb #a3a48eaa
-def _fit_or_none(s: Spectrum, preset: str | Preset, fit: tuple[int, int] | None) -> AlphaFit | None:
-    try: return alpha_req.__wrapped__(s, preset, fit)
-    except UndefinedMetric: return None
-
-def _draw(ax: Any, s: Spectrum, name: str, colour: str, fit: AlphaFit | None) -> None:
-    "One spectrum, and its line if it has one."
-    ax.plot(np.arange(1, s.rank + 1), (s.sigma[:s.rank] / s.sigma[0]) ** 2, ".", color=colour, markersize=2.5, alpha=.6, label=f"{name} ({s.n:,} × {s.d:,})".strip())
-    if fit is None: return
-    ends = np.array([fit.fit_lo, fit.fit_hi], float)
-    ax.plot(ends, np.exp(fit.level) * ends ** -float(fit), "-", color=rcParams["text.color"], linewidth=1, marker="|", markersize=9, zorder=3, label=f"{name and name + ': '}α = {fit.alpha:.3f} over {fit.fit_lo}..{fit.fit_hi}" + ("" if fit.r2 is None else f", R² {fit.r2:.3f}"))
-    ax.axvspan(*ends, color=colour, alpha=.06, linewidth=0)
-
-# %% ../nbs/14_spectral.ipynb #6c2f18d3
+# %% ../nbs/14_spectral.ipynb #7423a78a
 def _walk(p: Preset, pick: Callable[[bool], Spectrum]) -> str: # pick: centred or not -> spectrum
     "From the canonical RankMe to that of a preset, one choice at a time, with the values on the way."
     center, weights, eps, k, told = True, "sigma", 0., None, []
@@ -444,7 +469,7 @@ def _walk(p: Preset, pick: Callable[[bool], Spectrum]) -> str: # pick: centred o
         told.append(f"{words}: {value:.5g} → {(value := _rankme(pick(center), weights, eps, k)):.5g}")
     return "; ".join(told)
 
-# %% ../nbs/14_spectral.ipynb #df5df36a
+# %% ../nbs/14_spectral.ipynb #53421748
 class Explanation(NamedTuple):
     "A table of conventions on the same rows; made by `explain_conventions`."
     title: str # what the rows are
@@ -458,31 +483,23 @@ class Explanation(NamedTuple):
         for row in self.rows: table.add_row(*map(_cell, row.values()))
         return table
 
-# %% ../nbs/14_spectral.ipynb #a16a42b9
+# %% ../nbs/14_spectral.ipynb #da1d5d36
 def _cell(x: Any) -> str: return "–" if x is None else f"{x:.5g}" if isinstance(x, float) else visible(str(x))
 
+# %% ../nbs/14_spectral.ipynb #7cbabf9c
 @patch
 def __repr__(self: Explanation) -> str:
     from rich.console import Console
     Console(file=(out := StringIO()), width=150, highlight=False, force_jupyter=False).print(self.to_rich())
     return out.getvalue().rstrip()
 
+# %% ../nbs/14_spectral.ipynb #49f4f5d4
 @patch
 def _repr_html_(self: Explanation) -> str:
     line = lambda tag, cells: "<tr>" + "".join(f'<{tag} style="text-align:left">{escape(_cell(x))}</{tag}>' for x in cells) + "</tr>"
     return f"<table><caption>{escape(self.title)}</caption>{line('th', self.rows[0])}{''.join(line('td', r.values()) for r in self.rows)}</table>"
 
-# %% ../nbs/14_spectral.ipynb #755c3fb3
-def explain_conventions(
-    Z: Any, # rows, a spectrum or moments
-    presets: Sequence[str | Preset] | None = None, # which; None: all
-) -> Explanation: # prints itself as one table
-    "What every preset says of the same rows, and which of its choices makes the difference to the canonical one."
-    made: dict[bool, Spectrum] = {Z.centered: Z} if isinstance(Z, Spectrum) else {c: Z.spectrum(center=c) if hasattr(Z, "spectrum") else spectrum(Z, c) for c in (True, False)}
-    s = next(iter(made.values()))
-    chosen = [p if isinstance(p, Preset) else PRESETS[p] if p in PRESETS else _preset(p, "RankMe") for p in presets or PRESETS]
-    return Explanation(f"{s.n:,} rows of width {s.d:,}, {s.dtype}, {s.method}", tuple(_explain(p, made) for p in chosen))
-
+# %% ../nbs/14_spectral.ipynb #b90219da
 def _explain(p: Preset, made: dict[bool, Spectrum]) -> dict: # one row of the table
     s = made.get(p.centered is True) if p.centered is not None or len(made) > 1 else next(iter(made.values()))
     known, both = s is not None and not s.reason, len(made) > 1 and not any(m.reason for m in made.values())
@@ -493,7 +510,27 @@ def _explain(p: Preset, made: dict[bool, Spectrum]) -> dict: # one row of the ta
     return dict(preset=p.name, rankme=_rankme(s, p.weights, p.eps, p.k) if known and p.weights else None, alpha=fit and float(fit), centred={True: "yes", False: "no", None: "as given"}[p.centered],
         counts={"sigma": "σ", "lambda": "λ", None: None}[p.weights], ε=f"{p.eps:g}" if p.weights else None, ranks=ranks or None, why=why or None)
 
-# %% ../nbs/14_spectral.ipynb #ef3809a6
+# %% ../nbs/14_spectral.ipynb #5dedd127
+def explain_conventions(
+    Z: Any, # rows, a spectrum or moments
+    presets: Sequence[str | Preset] | None = None, # which; None: all
+) -> Explanation: # prints itself as one table
+    "What every preset says of the same rows, and which of its choices makes the difference to the canonical one."
+    made: dict[bool, Spectrum] = {Z.centered: Z} if isinstance(Z, Spectrum) else {c: Z.spectrum(center=c) if hasattr(Z, "spectrum") else spectrum(Z, c) for c in (True, False)}
+    s = next(iter(made.values()))
+    chosen = [p if isinstance(p, Preset) else PRESETS[p] if p in PRESETS else _preset(p, "RankMe") for p in presets or PRESETS]
+    return Explanation(f"{s.n:,} rows of width {s.d:,}, {s.dtype}, {s.method}", tuple(_explain(p, made) for p in chosen))
+
+# %% ../nbs/14_spectral.ipynb #ec61ebdc
+def _null_share(g: float) -> float: # RankMe of isotropic rows as a share of the smaller side
+    "The two averages over the law of Marchenko and Pastur, for sides in the ratio g."
+    theta = (np.arange(8192) + .5) * (math.pi / 8192)
+    x = 1 + g + 2 * math.sqrt(g) * np.cos(theta)
+    density, root = 2 * np.sin(theta) ** 2 / x / 8192, np.sqrt(x)
+    mean = (density * root).sum()
+    return float(mean * math.exp(-(density * root * np.log(root)).sum() / mean))
+
+# %% ../nbs/14_spectral.ipynb #596aaa9d
 def isotropic_null(
     n: int, # rows
     d: int, # columns
@@ -505,13 +542,9 @@ def isotropic_null(
     if small < 1 or n < 2: return None
     if weights == "lambda": return small * math.exp(-small / (2 * large))
     if weights != "sigma": raise ValueError(f"weights={weights!r}; choose sigma or lambda")
-    g, theta = small / large, (np.arange(8192) + .5) * (math.pi / 8192)
-    x = 1 + g + 2 * math.sqrt(g) * np.cos(theta)
-    density, root = 2 * np.sin(theta) ** 2 / x / 8192, np.sqrt(x)
-    mean = (density * root).sum()
-    return float(small * mean * math.exp(-(density * root * np.log(root)).sum() / mean))
+    return small * _null_share(small / large)
 
-# %% ../nbs/14_spectral.ipynb #7d56d8b8
+# %% ../nbs/14_spectral.ipynb #1ac4a7fb
 def _unit(Z: Any) -> tuple[torch.Tensor, str]: # float64 rows of length 1, those of length 0 left out; name of the dtype
     X, dtype = _rows(Z)
     if not torch.isfinite(X).all(): raise UndefinedMetric("rows hold numbers that are not finite")
@@ -520,6 +553,7 @@ def _unit(Z: Any) -> tuple[torch.Tensor, str]: # float64 rows of length 1, those
     length = torch.linalg.vector_norm(A, dim=1)
     return A[length > 0] / length[length > 0, None], dtype
 
+# %% ../nbs/14_spectral.ipynb #6c5d57e0
 @_or_none
 def anisotropy(
     Z: Any, # rows; for "variance" also a spectrum or moments
@@ -534,7 +568,12 @@ def anisotropy(
     total = U.sum(0)
     return Metric(((total @ total).item() - n) / (n * (n - 1)), "anisotropy", Conventions(centered=False, n=n, d=d, dtype=dtype, method="cosine"))
 
-# %% ../nbs/14_spectral.ipynb #34d58252
+# %% ../nbs/14_spectral.ipynb #642bec35
+def _renyi(p: np.ndarray, order: float) -> float: # in nats
+    "Rényi's entropy of shares; at order 1 its limit, at infinity -ln of the largest."
+    return _entropy(p) if order == 1 else math.log((p[p > 0] ** order).sum()) / (1 - order) if math.isfinite(order) else -math.log(p[0])
+
+# %% ../nbs/14_spectral.ipynb #8d9cf4f2
 @_or_none
 def prompt_entropy(
     Z: Any, # rows: the tokens of one prompt
@@ -547,12 +586,11 @@ def prompt_entropy(
     X, dtype = _unit(Z) if unit else _rows(Z)
     s = replace(_as_spectrum(X, False), dtype=dtype)
     p = _shares(s)
-    entropy = _entropy(p) if order == 1 else math.log((p[p > 0] ** order).sum()) / (1 - order) if math.isfinite(order) else -math.log(p[0])
     by = {"max": math.log(min(s.n, s.d)), "n": math.log(s.n), "d": math.log(s.d), None: 1.}[normalize]
     if not by: raise UndefinedMetric("rows of width 1 have no entropy to divide by")
-    return _metric("prompt_entropy", entropy / by, s, preset=f"order {order:g}, divided by {normalize or 'nothing'}")
+    return _metric("prompt_entropy", _renyi(p, order) / by, s, preset=f"order {order:g}, divided by {normalize or 'nothing'}")
 
-# %% ../nbs/14_spectral.ipynb #ae02dbc5
+# %% ../nbs/14_spectral.ipynb #bbb73546
 def _scatter(X: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]: # centred means [objects, d], mean scatter around them [d, d]
     "Means of objects, and how views lie around them; each object weighs the same."
     _, of, count = np.unique(of, return_inverse=True, return_counts=True)
@@ -562,7 +600,19 @@ def _scatter(X: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tenso
     rest = (A - means[of]) / count[of, None].sqrt()
     return means - means.mean(0), rest.T @ rest / len(count)
 
-# %% ../nbs/14_spectral.ipynb #b232a351
+# %% ../nbs/14_spectral.ipynb #97bf1a31
+def _views(Z: Any, objects: Any) -> tuple[torch.Tensor, np.ndarray, str]: # rows [n, d], object of each, name of the dtype
+    "One form of the two; ValueError if they do not go together, UndefinedMetric for rows that are empty or not finite."
+    Z = Z if isinstance(Z, torch.Tensor) else np.asarray(Z)
+    shape = tuple(Z.shape)
+    if objects is None and len(shape) != 3: raise ValueError(f"rows of the shape {shape} without objects: give [objects, views, d], or say of which object each row is")
+    X, dtype = _rows(Z if objects is not None else Z.reshape(-1, shape[-1]))
+    of = np.asarray(objects) if objects is not None else np.repeat(np.arange(shape[0]), shape[1])
+    if len(of) != len(X): raise ValueError(f"{len(of):,} objects for {len(X):,} rows")
+    if not len(X) or not torch.isfinite(X).all(): raise UndefinedMetric("no rows" if not len(X) else "rows hold numbers that are not finite")
+    return X, of, dtype
+
+# %% ../nbs/14_spectral.ipynb #f361e6c3
 @_or_none
 def lidar(
     Z: Any, # rows [n, d] with `objects`, or [objects, views, d] without
@@ -571,13 +621,7 @@ def lidar(
 ) -> Metric | None: # between 1 and objects - 1
     "exp H of the directions that tell objects apart, in units of how their views scatter (Thilak et al. 2024)."
     if delta <= 0: raise ValueError(f"delta={delta}: it keeps the scatter invertible, so it is above 0")
-    Z = Z if isinstance(Z, torch.Tensor) else np.asarray(Z)
-    shape = tuple(Z.shape)
-    if objects is None and len(shape) != 3: raise ValueError(f"rows of the shape {shape} without objects: give [objects, views, d], or say of which object each row is")
-    X, dtype = _rows(Z if objects is not None else Z.reshape(-1, shape[-1]))
-    of = np.asarray(objects) if objects is not None else np.repeat(np.arange(shape[0]), shape[1])
-    if len(of) != len(X): raise ValueError(f"{len(of):,} objects for {len(X):,} rows")
-    if not len(X) or not torch.isfinite(X).all(): raise UndefinedMetric("no rows" if not len(X) else "rows hold numbers that are not finite")
+    X, of, dtype = _views(Z, objects)
     means, within = (x.cpu() for x in _scatter(X, of))
     L = torch.linalg.cholesky(within + delta * torch.eye(len(within), dtype=torch.float64))
     sigma, note = _solve("svdvals", torch.linalg.solve_triangular(L, means.T, upper=False))
@@ -585,14 +629,25 @@ def lidar(
     if s.reason: raise UndefinedMetric(s.reason.replace("row", "object"))
     return _metric("lidar", math.exp(_entropy(_shares(s))), s, preset=f"delta {delta:g}", k=s.rank)
 
-# %% ../nbs/14_spectral.ipynb #6b74b810
+# %% ../nbs/14_spectral.ipynb #3cf30a74
 _SIMPLE = (effective_rank, participation_ratio, stable_rank, top1_share, mean_norm2_share, n90, n99) # in the order of the files
 
+# %% ../nbs/14_spectral.ipynb #9f58de89
 def _try(reasons: dict, name: str, metric: Callable, *args) -> Any: # None, with an entry in reasons, if it is undefined
     try: return getattr(metric, "__wrapped__", metric)(*args)
     except UndefinedMetric as undefined: reasons[name] = undefined.reason
 
-# %% ../nbs/14_spectral.ipynb #60cb3ba9
+# %% ../nbs/14_spectral.ipynb #d7dcaf3b
+def _trace(s: Spectrum) -> Metric: # UndefinedMetric beyond the range of float64
+    if s.reason: raise UndefinedMetric(s.reason)
+    with np.errstate(over="ignore"): return _metric("trace", float(s.eigenvalues.sum()), s)
+
+# %% ../nbs/14_spectral.ipynb #ddeec06c
+def _fit_columns(fit: AlphaFit | None) -> dict:
+    "A fit as columns of a table."
+    return dict(alpha=fit and fit.alpha, alpha_r2=fit and fit.r2, alpha_stderr=fit and fit.stderr) | {k: fit and getattr(fit, k) for k in ("fit_lo", "fit_hi", "n_fit", "fit_truncated")}
+
+# %% ../nbs/14_spectral.ipynb #f5b6182f
 def metrics_row(
     Z: Any, # rows, a centred spectrum, or moments
     uncentered: Spectrum | None = None, # of the same rows: adds `rankme_garrido`. None: made of rows and moments if `both`
@@ -608,14 +663,9 @@ def metrics_row(
     if s.centered: row["rankme_reptrix"] = _try(why, "rankme_reptrix", rankme, s, "reptrix")
     if uncentered is not None: row["rankme_garrido"] = _try(why, "rankme_garrido", rankme, uncentered, "garrido")
     fit = _try(why, "alpha", alpha_req, s, preset)
-    row |= dict(alpha=fit and fit.alpha, alpha_r2=fit and fit.r2, alpha_stderr=fit and fit.stderr) | {k: fit and getattr(fit, k) for k in ("fit_lo", "fit_hi", "n_fit", "fit_truncated")}
+    row |= _fit_columns(fit)
     row |= dict(trace=_try(why, "trace", _trace, s), isotropic_null=isotropic_null(s.n, s.d, centered=s.centered))
     return row | dict(reason=why | {k: why.get(of, "undefined") for k, of in (("rankme_norm", "rankme"), ("effective_rank_norm", "effective_rank")) if row[k] is None})
-
-# %% ../nbs/14_spectral.ipynb #e6c2cc54
-def _trace(s: Spectrum) -> Metric: # UndefinedMetric beyond the range of float64
-    if s.reason: raise UndefinedMetric(s.reason)
-    with np.errstate(over="ignore"): return _metric("trace", float(s.eigenvalues.sum()), s)
 
 # %% ../nbs/14a_moments.ipynb #ee54ce81
 import hashlib
