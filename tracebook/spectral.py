@@ -678,7 +678,7 @@ from typing import Iterable, Iterator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../nbs/14a_moments.ipynb #b90da227
+# %% ../nbs/14a_moments.ipynb #1bb7b0ba
 @dataclass(eq=False, repr=False)
 class Moments:
     "Count, mean and centred second moments of rows, in float64; begin with `Moments()`, then `update`."
@@ -689,19 +689,25 @@ class Moments:
     fast: bool = False # whether float32 products entered
     shift: torch.Tensor | None = None # float32 [d]: what the fast path subtracts, the mean of its first chunk
 
-    @property
-    def d(self) -> int: return 0 if self.mean is None else len(self.mean)
-    @property
-    def trace(self) -> float: return 0. if self.M2 is None else self.M2.diagonal().sum().item()
-    @property
-    def method(self) -> str: return "gram-fp32" if self.fast else "gram"
-    def __repr__(self) -> str: return f"{type(self).__name__}({self.n:,} rows of width {self.d:,}{self.dtype and ', ' + self.dtype}, {self.method})"
+# %% ../nbs/14a_moments.ipynb #db8186ff
+@patch(as_prop=True)
+def d(self: Moments) -> int: return 0 if self.mean is None else len(self.mean) # width of the rows
 
-# %% ../nbs/14a_moments.ipynb #ac24fd19
+@patch(as_prop=True)
+def trace(self: Moments) -> float: return 0. if self.M2 is None else self.M2.diagonal().sum().item() # Σ |z-μ|²
+
+@patch(as_prop=True)
+def method(self: Moments) -> str: return "gram-fp32" if self.fast else "gram" # as spectra name it
+
+@patch
+def __repr__(self: Moments) -> str: return f"{type(self).__name__}({self.n:,} rows of width {self.d:,}{self.dtype and ', ' + self.dtype}, {self.method})"
+
+# %% ../nbs/14a_moments.ipynb #ea5ce5c9
 _CHUNK = 2048 # rows at a time
 
 def _names(a: str, b: str) -> str: return "+".join(sorted({*a.split("+"), *b.split("+")} - {""}))
 
+# %% ../nbs/14a_moments.ipynb #4492d9e5
 def _centred_chunk(part: torch.Tensor, spare: int = 1) -> tuple[torch.Tensor, torch.Tensor]: # mean [d], centred rows and `spare` empty ones [rows + spare, d]
     "A chunk in float64 without its mean; the difference to its first row is taken first, so that equal rows give exact zeros."
     A = torch.empty(len(part) + spare, part.shape[1], dtype=torch.float64, device=part.device)
@@ -712,7 +718,7 @@ def _centred_chunk(part: torch.Tensor, spare: int = 1) -> tuple[torch.Tensor, to
     rows -= mean
     return first + mean, A
 
-# %% ../nbs/14a_moments.ipynb #6c45212d
+# %% ../nbs/14a_moments.ipynb #07c5d9b1
 def _incoming(self: Any, block: Any) -> torch.Tensor: # the rows on the device of the state; ValueError for what cannot be added
     "Check a block against a state, and begin the state if it is new."
     X, dtype = _rows(block)
@@ -722,7 +728,7 @@ def _incoming(self: Any, block: Any) -> torch.Tensor: # the rows on the device o
     if len(X): self.dtype = _names(self.dtype, dtype)
     return X.to(self.mean.device)
 
-# %% ../nbs/14a_moments.ipynb #1fb3f8d0
+# %% ../nbs/14a_moments.ipynb #2f0860fa
 @patch
 def update(self: Moments,
     block: Any, # rows [k, d]: numpy or torch, any real dtype; not changed
@@ -742,18 +748,19 @@ def update(self: Moments,
             self.mean, self.n = (self.mean + D * (len(part) / n) if self.n else mean), n
     return self
 
-# %% ../nbs/14a_moments.ipynb #8fd263cd
+# %% ../nbs/14a_moments.ipynb #416b9331
 def _joined(a: Any, b: Any) -> tuple[int, torch.Tensor, torch.Tensor]: # n, difference of the means, mean of the union
     if a.d != b.d or type(a).__name__ != type(b).__name__: raise ValueError(f"{a!r} and {b!r} cannot be merged: kind and width must be the same")
     n, D = a.n + b.n, b.mean.to(a.mean.device) - a.mean
     return n, D, a.mean + D * (b.n / n)
 
+# %% ../nbs/14a_moments.ipynb #ddcf2595
 @patch
 def copy(self: Moments) -> Moments:
     "A state of its own."
     return replace(self, mean=None if self.mean is None else self.mean.clone(), M2=None if self.M2 is None else self.M2.clone())
 
-# %% ../nbs/14a_moments.ipynb #b9c7768d
+# %% ../nbs/14a_moments.ipynb #214b32b8
 @patch
 def absorb(self: Moments,
     other: Moments, # stays as it is
@@ -770,7 +777,7 @@ def absorb(self: Moments,
     self.dtype, self.fast = _names(self.dtype, other.dtype), self.fast or other.fast
     return self
 
-# %% ../nbs/14a_moments.ipynb #3d39e5cb
+# %% ../nbs/14a_moments.ipynb #6a0c32be
 @patch
 def merge(self: Moments,
     other: Moments, # rows that are not in this one
@@ -778,6 +785,7 @@ def merge(self: Moments,
     "The state of the union."
     return self.copy().absorb(other)
 
+# %% ../nbs/14a_moments.ipynb #fc29752b
 def union(
     states: Iterable[Any], # moments of one kind, of rows that do not overlap
 ) -> Any: # a new state; ValueError if there is none
@@ -789,7 +797,7 @@ def union(
     for s in states: out.absorb(s)
     return out
 
-# %% ../nbs/14a_moments.ipynb #5c57f083
+# %% ../nbs/14a_moments.ipynb #c45fe3c5
 def between_share(
     states: Iterable[Any], # moments of groups that do not overlap
 ) -> float | None: # between 0 and 1; None, with a warning, where nothing varies
@@ -802,10 +810,7 @@ def between_share(
     if between + within: return between / (between + within)
     warnings.warn(UndefinedMetric("no rows" if not n else "all rows are equal"), stacklevel=2)
 
-# %% ../nbs/14a_moments.ipynb #4d0832e1
-class FastPathRefused(ValueError):
-    "The float32 products cannot resolve this spectrum; add the rows again without `fast`."
-
+# %% ../nbs/14a_moments.ipynb #11c92d0e
 @patch
 def gram(self: Moments,
     center: bool = False, # True: M2 itself
@@ -813,7 +818,7 @@ def gram(self: Moments,
     "Σ z zᵀ, or Σ (z-μ)(z-μ)ᵀ."
     return self.M2 if center else torch.addr(self.M2, self.mean, self.mean, alpha=self.n)
 
-# %% ../nbs/14a_moments.ipynb #8e493521
+# %% ../nbs/14a_moments.ipynb #49de3e91
 @patch
 def spectrum(self: Moments,
     center: bool = True, # of the rows without their mean
@@ -828,14 +833,18 @@ def spectrum(self: Moments,
     if self.fast: _check_fast(values, self.n - bool(center), self.d)
     return Spectrum(np.sqrt(np.maximum(values, 0))[::-1], **about, mean_norm=torch.linalg.vector_norm(self.mean).item(), note=note)
 
-# %% ../nbs/14a_moments.ipynb #e38acd2a
+# %% ../nbs/14a_moments.ipynb #35cadfb0
+class FastPathRefused(ValueError):
+    "The float32 products cannot resolve this spectrum; add the rows again without `fast`."
+
+# %% ../nbs/14a_moments.ipynb #99602bed
 def _check_fast(values: np.ndarray, most: int, d: int) -> None: # eigenvalues, how many can differ from 0
     "FastPathRefused if what was kept comes near to what float32 products can resolve."
     sigma = np.sqrt(np.sort(np.abs(values))[::-1][:most])
     kept = sigma[sigma > sigma[0] * math.sqrt(10 * d * EPS)]
     if len(kept) and kept[-1] < 3 * 3.4e-4 * sigma[0]: raise FastPathRefused(f"the spectrum reaches down to {kept[-1] / sigma[0]:.1e} of its first value, and float32 products resolve 3.4e-04: add the rows again with fast=False")
 
-# %% ../nbs/14a_moments.ipynb #bd76b0ae
+# %% ../nbs/14a_moments.ipynb #4873ff7f
 @dataclass(eq=False, repr=False)
 class TriangularMoments:
     "Count, mean and a triangle whose square is M2, in float64: an exact spectrum, block by block."
@@ -851,12 +860,13 @@ class TriangularMoments:
     method = "qr"
     __repr__ = Moments.__repr__
 
-# %% ../nbs/14a_moments.ipynb #974767b4
+# %% ../nbs/14a_moments.ipynb #a15bf2e4
 def _stack(*parts: torch.Tensor) -> torch.Tensor: # [k, d] upper triangular
     "One triangle of several matrices below each other."
     A = torch.cat([p if p.ndim == 2 else p[None] for p in parts])
     return torch.linalg.qr(A, mode="r").R
 
+# %% ../nbs/14a_moments.ipynb #127ef6b0
 @patch
 def update(self: TriangularMoments,
     block: Any, # rows [k, d]: numpy or torch, any real dtype; not changed
@@ -872,12 +882,13 @@ def update(self: TriangularMoments,
         self.mean, self.n = (self.mean + D * (len(part) / n) if self.n else mean), n
     return self
 
-# %% ../nbs/14a_moments.ipynb #31261cc9
+# %% ../nbs/14a_moments.ipynb #16ee876f
 @patch
 def copy(self: TriangularMoments) -> TriangularMoments:
     "A state of its own."
     return replace(self) # its tensors are replaced, never changed
 
+# %% ../nbs/14a_moments.ipynb #06053b98
 @patch
 def absorb(self: TriangularMoments,
     other: TriangularMoments, # stays as it is
@@ -893,7 +904,7 @@ def absorb(self: TriangularMoments,
     self.dtype = _names(self.dtype, other.dtype)
     return self
 
-# %% ../nbs/14a_moments.ipynb #6e34351e
+# %% ../nbs/14a_moments.ipynb #865ce1e5
 @patch
 def merge(self: TriangularMoments,
     other: TriangularMoments, # rows that are not in this one
@@ -901,12 +912,13 @@ def merge(self: TriangularMoments,
     "The state of the union."
     return self.copy().absorb(other)
 
+# %% ../nbs/14a_moments.ipynb #588267ce
 @patch
 def to_moments(self: TriangularMoments) -> Moments:
     "The same as a matrix of second moments."
     return Moments(self.n, self.mean, None if self.R is None else self.R.T @ self.R, self.dtype)
 
-# %% ../nbs/14a_moments.ipynb #b87234f0
+# %% ../nbs/14a_moments.ipynb #825189a4
 @patch
 def spectrum(self: TriangularMoments,
     center: bool = True, # of the rows without their mean
@@ -920,7 +932,7 @@ def spectrum(self: TriangularMoments,
     except np.linalg.LinAlgError as error: return Spectrum([], **about, reason=str(error))
     return Spectrum(values, **about, mean_norm=torch.linalg.vector_norm(self.mean).item(), note=note)
 
-# %% ../nbs/14a_moments.ipynb #272695d6
+# %% ../nbs/14a_moments.ipynb #a2cda52d
 @patch(as_prop=True)
 def error_bound(self: Spectrum) -> np.ndarray: # float64 [rank], in units of σ
     "By how much each singular value may be off because of rounding: a bound of this run, not an average."
@@ -930,12 +942,13 @@ def error_bound(self: Spectrum) -> np.ndarray: # float64 [rank], in units of σ
     unit = float(np.finfo(np.float32).eps) if self.method == "gram-fp32" else EPS
     return self.d * unit * sigma[0] * (sigma[0] / sigma) / 2
 
+# %% ../nbs/14a_moments.ipynb #9ae721b8
 @patch(as_prop=True)
 def max_rel_error(self: Spectrum) -> float | None: # None if there is no spectrum
     "The largest `error_bound` as a share of its singular value."
     return float((self.error_bound / self.sigma[:self.rank]).max()) if self.rank else None
 
-# %% ../nbs/14a_moments.ipynb #7d5c69e1
+# %% ../nbs/14a_moments.ipynb #9b1217fb
 @contextmanager
 def _true_float32() -> Iterator[None]:
     "Products of float32 in float32, not in TF32 or bfloat16."
@@ -947,7 +960,7 @@ def _true_float32() -> Iterator[None]:
     finally:
         for p, old in zip(places, before): p.fp32_precision = old
 
-# %% ../nbs/14a_moments.ipynb #5146551b
+# %% ../nbs/14a_moments.ipynb #d28e9b45
 def _fast_moments(self: Moments, part: torch.Tensor) -> Moments: # of one chunk
     "The moments of at most 2,048 rows by a float32 product."
     if part.dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError(f"the fast path multiplies in float32, and these rows are {str(part.dtype).removeprefix('torch.')}: use fast=False")
@@ -957,7 +970,7 @@ def _fast_moments(self: Moments, part: torch.Tensor) -> Moments: # of one chunk
     mean = A.double().mean(0)
     return Moments(len(part), self.shift.double() + mean, product.addr_(mean, mean, alpha=-len(part)), fast=True)
 
-# %% ../nbs/14a_moments.ipynb #4859b5e2
+# %% ../nbs/14a_moments.ipynb #a5331a38
 _FORMAT = "tracebook moments 1"
 
 def save_moments(
@@ -977,22 +990,17 @@ def save_moments(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/14a_moments.ipynb #fec99b38
-def load_moments(
-    path: str | Path, # of `save_moments`
-) -> tuple[dict[str, Any], dict]: # states by name, and `extra`; ValueError for a file that is not what it says
-    "Read states, strictly."
-    try:
-        with safe_open(path, framework="pt", device="cpu") as f: tensors, head = {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("tracebook", "")
-    except SafetensorError as e: raise ValueError(f"{path} is no safetensors file, or a broken one: {e}") from e
-    try: head = json.loads(head)
-    except (ValueError, RecursionError): head = None
-    if not isinstance(head, dict) or head.get("format") != _FORMAT or not isinstance(head.get("cells"), dict) or not isinstance(head.get("extra"), dict): raise ValueError(f"{path} holds no moments in the format {_FORMAT!r}")
-    out = {name: _state_of(name, cell, tensors) for name, cell in head["cells"].items()}
-    if tensors: raise ValueError(f"{path} holds tensors that belong to no state: {', '.join(sorted(tensors)[:5])}")
-    return out, head["extra"]
+# %% ../nbs/14a_moments.ipynb #f55b7d30
+def _check_tensor(wrong: Callable, name: str, x: torch.Tensor | None, shape: tuple) -> None:
+    "What a tensor of a state has to be."
+    kind = torch.float32 if name == "shift" else torch.float64
+    if x is None: raise wrong(f"{name} is missing")
+    if tuple(x.shape) != shape or x.dtype != kind: raise wrong(f"{name} is {str(x.dtype).removeprefix('torch.')} of the shape {tuple(x.shape)}, and not {str(kind).removeprefix('torch.')} {shape}")
+    if not torch.isfinite(x).all(): raise wrong(f"{name} holds numbers that are not finite")
+    if name == "R" and x.tril(-1).any(): raise wrong("R is not upper triangular")
+    if name == "M2" and ((x.diagonal() < 0).any() or not torch.allclose(x, x.T, rtol=1e-9, atol=1e-9 * float(x.abs().max() if x.numel() else 0))): raise wrong("M2 is no matrix of second moments: not symmetric, or negative on its diagonal")
 
-# %% ../nbs/14a_moments.ipynb #82d0bc68
+# %% ../nbs/14a_moments.ipynb #4167a7bb
 def _state_of(name: str, cell: Any, tensors: dict) -> Any: # takes its tensors out of the dictionary
     "One state from what a file says of it; ValueError with what is wrong."
     wrong = lambda what: ValueError(f"state {name!r}: {what}")
@@ -1007,17 +1015,22 @@ def _state_of(name: str, cell: Any, tensors: dict) -> Any: # takes its tensors o
     for x, shape in shapes.items(): _check_tensor(wrong, x, got[x], shape)
     return (TriangularMoments(n, got.get("mean"), got.get("R"), cell["dtype"]) if kind == "R" else Moments(n, got.get("mean"), got.get("M2"), cell["dtype"], cell["fast"], got.get("shift")))
 
-# %% ../nbs/14a_moments.ipynb #3f78ab8b
-def _check_tensor(wrong: Callable, name: str, x: torch.Tensor | None, shape: tuple) -> None:
-    "What a tensor of a state has to be."
-    kind = torch.float32 if name == "shift" else torch.float64
-    if x is None: raise wrong(f"{name} is missing")
-    if tuple(x.shape) != shape or x.dtype != kind: raise wrong(f"{name} is {str(x.dtype).removeprefix('torch.')} of the shape {tuple(x.shape)}, and not {str(kind).removeprefix('torch.')} {shape}")
-    if not torch.isfinite(x).all(): raise wrong(f"{name} holds numbers that are not finite")
-    if name == "R" and x.tril(-1).any(): raise wrong("R is not upper triangular")
-    if name == "M2" and ((x.diagonal() < 0).any() or not torch.allclose(x, x.T, rtol=1e-9, atol=1e-9 * float(x.abs().max() if x.numel() else 0))): raise wrong("M2 is no matrix of second moments: not symmetric, or negative on its diagonal")
+# %% ../nbs/14a_moments.ipynb #a31d5e41
+def load_moments(
+    path: str | Path, # of `save_moments`
+) -> tuple[dict[str, Any], dict]: # states by name, and `extra`; ValueError for a file that is not what it says
+    "Read states, strictly."
+    try:
+        with safe_open(path, framework="pt", device="cpu") as f: tensors, head = {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("tracebook", "")
+    except SafetensorError as e: raise ValueError(f"{path} is no safetensors file, or a broken one: {e}") from e
+    try: head = json.loads(head)
+    except (ValueError, RecursionError): head = None
+    if not isinstance(head, dict) or head.get("format") != _FORMAT or not isinstance(head.get("cells"), dict) or not isinstance(head.get("extra"), dict): raise ValueError(f"{path} holds no moments in the format {_FORMAT!r}")
+    out = {name: _state_of(name, cell, tensors) for name, cell in head["cells"].items()}
+    if tensors: raise ValueError(f"{path} holds tensors that belong to no state: {', '.join(sorted(tensors)[:5])}")
+    return out, head["extra"]
 
-# %% ../nbs/14a_moments.ipynb #baf30d90
+# %% ../nbs/14a_moments.ipynb #5d92fa60
 def splitmix64(
     x: Any, # integers up to 64 bits
 ) -> np.ndarray: # uint64, of the same shape
@@ -1028,12 +1041,13 @@ def splitmix64(
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
 
+# %% ../nbs/14a_moments.ipynb #785eb28d
 def _name_key(seed: int, name: Any) -> np.ndarray: # uint64 []
     "A key of a seed and a name; numbers count as their digits."
     digits = int.from_bytes(hashlib.blake2b(str(name).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
     return splitmix64(splitmix64(np.uint64(seed % 2 ** 64)) ^ np.uint64(digits))
 
-# %% ../nbs/14a_moments.ipynb #53bcf28a
+# %% ../nbs/14a_moments.ipynb #ed222d0d
 def row_keys(
     seed: int, # another seed, another sample
     name: Any, # of the sample that the rows belong to: a string or a number
@@ -1044,6 +1058,7 @@ def row_keys(
     if index.dtype.kind not in "iu" and index.size: raise ValueError(f"places must be whole numbers, got {index.dtype.name}")
     return splitmix64(_name_key(seed, name) ^ index.astype(np.uint64))
 
+# %% ../nbs/14a_moments.ipynb #1419d9bc
 def group_of(
     name: Any, # of a sample
     groups: int = 20, # how many there are
@@ -1052,7 +1067,7 @@ def group_of(
     "The group of a trace, for leaving one out."
     return int(_name_key(seed, name) % np.uint64(groups))
 
-# %% ../nbs/14a_moments.ipynb #15c096d2
+# %% ../nbs/14a_moments.ipynb #2d4c0460
 class BottomK:
     "The K rows with the smallest keys, whatever the order in which they come."
     def __init__(self,
@@ -1071,7 +1086,7 @@ class BottomK:
     def __len__(self) -> int: return len(self.rows)
     def __repr__(self) -> str: return f"BottomK({len(self):,} of at most {self.k:,} rows, seed {self.seed})"
 
-# %% ../nbs/14a_moments.ipynb #79a9f3f7
+# %% ../nbs/14a_moments.ipynb #51c0e05a
 @patch
 def _cut(self: BottomK) -> None:
     "Sort, drop what came twice and what is too many."
@@ -1079,6 +1094,7 @@ def _cut(self: BottomK) -> None:
     self._places = {row[1:]: i for i, row in enumerate(self._rows)}
     self._bar = self._rows[-1][0] if len(self._rows) == self.k else None
 
+# %% ../nbs/14a_moments.ipynb #39ca6d39
 @patch
 def update(self: BottomK,
     name: Any, # of the sample that the rows belong to
@@ -1092,7 +1108,7 @@ def update(self: BottomK,
     if len(self._new) > self.k + 1024: self._cut()
     return self
 
-# %% ../nbs/14a_moments.ipynb #2bd45117
+# %% ../nbs/14a_moments.ipynb #2dcc29db
 @patch
 def merge(self: BottomK,
     other: BottomK, # of the same size and seed
@@ -1103,6 +1119,7 @@ def merge(self: BottomK,
     out._new = [*self.rows, *other.rows]
     return out
 
+# %% ../nbs/14a_moments.ipynb #44ba8baf
 @patch
 def places(self: BottomK,
     name: Any, # of the sample that the rows belong to
@@ -1115,12 +1132,13 @@ def places(self: BottomK,
     for at in np.flatnonzero(keys <= np.uint64(self.rows[-1][0])).tolist(): out[at] = self._places.get((name, int(index[at])), -1)
     return out
 
-# %% ../nbs/14a_moments.ipynb #5dfe4c32
+# %% ../nbs/14a_moments.ipynb #9df2c109
 @patch
 def to_dict(self: BottomK) -> dict: # JSON can hold it
     "The state, for a run that goes on later."
     return dict(k=self.k, seed=self.seed, rows=[row[1:] for row in self.rows])
 
+# %% ../nbs/14a_moments.ipynb #9c02228e
 @patch(cls_method=True)
 def from_dict(cls: BottomK,
     saved: Mapping, # of `to_dict`
@@ -1130,7 +1148,7 @@ def from_dict(cls: BottomK,
     for name, place in saved["rows"]: out.update(name, place)
     return out
 
-# %% ../nbs/14a_moments.ipynb #b7002ae0
+# %% ../nbs/14a_moments.ipynb #66114dae
 def _t_quantile(dof: int, level: float = .95) -> float: # two-sided
     "The point that |t| with so many degrees of freedom stays below with this probability: a finite sum, inverted by halving."
     odd = dof % 2
@@ -1142,7 +1160,7 @@ def _t_quantile(dof: int, level: float = .95) -> float: # two-sided
     for _ in range(80): lo, hi = ((lo + hi) / 2, hi) if inside((lo + hi) / 2) < level else (lo, (lo + hi) / 2)
     return math.sqrt(dof) * math.tan(lo)
 
-# %% ../nbs/14a_moments.ipynb #53cb650f
+# %% ../nbs/14a_moments.ipynb #eb3c5c46
 class Interval(NamedTuple):
     "A metric of all rows and how far it spreads over groups of traces."
     value: float | None # of all rows
@@ -1152,7 +1170,16 @@ class Interval(NamedTuple):
     groups: int # how many groups had rows
     reason: str | None = None # why something is None
 
-# %% ../nbs/14a_moments.ipynb #bde01f70
+# %% ../nbs/14a_moments.ipynb #a7e41e61
+def _interval(value: float | None, rest: Sequence[float | None], level: float, reason: str | None) -> Interval:
+    "From the metric of all and those without a group each."
+    G = len(rest)
+    if value is None or G < 2 or None in rest: return Interval(value, None, None, None, G, reason or "less than two groups of traces")
+    se = math.sqrt((G - 1) / G * sum((x - sum(rest) / G) ** 2 for x in rest))
+    half = _t_quantile(G - 1, level) * se
+    return Interval(value, value - half, value + half, se, G)
+
+# %% ../nbs/14a_moments.ipynb #515ba51a
 def _without_each(parts: Sequence[Any]) -> Iterator[Any]: # one state a part
     "The union of all parts but one, by merges from both ends."
     back = [None] * (len(parts) + 1) # back[i]: the union of parts i and after
@@ -1162,7 +1189,7 @@ def _without_each(parts: Sequence[Any]) -> Iterator[Any]: # one state a part
         yield front if back[i + 1] is None else back[i + 1] if front is None else front.merge(back[i + 1])
         back[i + 1], front = None, part if front is None else front.merge(part)
 
-# %% ../nbs/14a_moments.ipynb #a8d65eeb
+# %% ../nbs/14a_moments.ipynb #530a1326
 def jackknife(
     parts: Sequence[Any], # moments of groups of traces, as `group_of` divides them
     metrics: Callable | Mapping[str, Callable], # such as `rankme`, or several by name
@@ -1179,15 +1206,6 @@ def jackknife(
     rest = [told(s.spectrum(center)) for s in _without_each(parts)] if len(parts) > 1 else []
     out = {k: _interval(value[k], [r[k] for r in rest], level, why.get(k)) for k in named}
     return out if isinstance(metrics, Mapping) else out[""]
-
-# %% ../nbs/14a_moments.ipynb #f4f5a070
-def _interval(value: float | None, rest: Sequence[float | None], level: float, reason: str | None) -> Interval:
-    "From the metric of all and those without a group each."
-    G = len(rest)
-    if value is None or G < 2 or None in rest: return Interval(value, None, None, None, G, reason or "less than two groups of traces")
-    se = math.sqrt((G - 1) / G * sum((x - sum(rest) / G) ** 2 for x in rest))
-    half = _t_quantile(G - 1, level) * se
-    return Interval(value, value - half, value + half, se, G)
 
 # %% ../nbs/14b_cells.ipynb #0fb0b14d
 import shutil
