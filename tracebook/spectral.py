@@ -521,16 +521,16 @@ def explain_conventions(
     chosen = [p if isinstance(p, Preset) else PRESETS[p] if p in PRESETS else _preset(p, "RankMe") for p in presets or PRESETS]
     return Explanation(f"{s.n:,} rows of width {s.d:,}, {s.dtype}, {s.method}", tuple(_explain(p, made) for p in chosen))
 
-# %% ../nbs/14_spectral.ipynb #ec61ebdc
-def _null_share(g: float) -> float: # RankMe of isotropic rows as a share of the smaller side
-    "The two averages over the law of Marchenko and Pastur, for sides in the ratio g."
-    theta = (np.arange(8192) + .5) * (math.pi / 8192)
+# %% ../nbs/14_spectral.ipynb #e88a9c78
+def _sigma_null(small: int, large: int) -> float: # RankMe of isotropic rows of these sides
+    "Two averages over the law of Marchenko and Pastur."
+    g, theta = small / large, (np.arange(8192) + .5) * (math.pi / 8192)
     x = 1 + g + 2 * math.sqrt(g) * np.cos(theta)
     density, root = 2 * np.sin(theta) ** 2 / x / 8192, np.sqrt(x)
     mean = (density * root).sum()
-    return float(mean * math.exp(-(density * root * np.log(root)).sum() / mean))
+    return float(small * mean * math.exp(-(density * root * np.log(root)).sum() / mean))
 
-# %% ../nbs/14_spectral.ipynb #596aaa9d
+# %% ../nbs/14_spectral.ipynb #799bf427
 def isotropic_null(
     n: int, # rows
     d: int, # columns
@@ -542,7 +542,7 @@ def isotropic_null(
     if small < 1 or n < 2: return None
     if weights == "lambda": return small * math.exp(-small / (2 * large))
     if weights != "sigma": raise ValueError(f"weights={weights!r}; choose sigma or lambda")
-    return small * _null_share(small / large)
+    return _sigma_null(small, large)
 
 # %% ../nbs/14_spectral.ipynb #1ac4a7fb
 def _unit(Z: Any) -> tuple[torch.Tensor, str]: # float64 rows of length 1, those of length 0 left out; name of the dtype
