@@ -1639,6 +1639,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tracebook.steps._read_inline': ('steps.html#_read_inline', 'tracebook/steps.py'),
                                  'tracebook.steps._read_list': ('steps.html#_read_list', 'tracebook/steps.py'),
                                  'tracebook.steps._read_nodes': ('steps.html#_read_nodes', 'tracebook/steps.py'),
+                                 'tracebook.steps._row_parts': ('steps.html#_row_parts', 'tracebook/steps.py'),
                                  'tracebook.steps._runs': ('steps.html#_runs', 'tracebook/steps.py'),
                                  'tracebook.steps._same': ('steps.html#_same', 'tracebook/steps.py'),
                                  'tracebook.steps._section': ('steps.html#_section', 'tracebook/steps.py'),

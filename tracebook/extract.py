@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .trace import DIALECTS, _count, visible
 from .sources import BadRow, UnreadableRows, read_rows
-from .steps import row_steps, segments
+from .steps import _row_parts
 from .tokens import TokenMap, _place_by_decoding, load_tokenizer, tokenize_trace, tokenizer_hash, tokenizer_name
 from .toy import _quietly, load_toy, toy_traces
 
@@ -249,9 +249,8 @@ def _without_tokens(steps: list[dict], tokens: TokenMap, n: int) -> list[dict]:
     return out
 
 # %% ../nbs/13_extract.ipynb #d5741dba
-def _step_entries(row: Mapping, at: np.ndarray, n: int) -> list[dict]: # at: the place of each token; n: tokens that are stored
-    "The steps of a row, in characters and in tokens."
-    steps = row_steps(row)
+def _step_entries(steps: list[dict], at: np.ndarray, n: int) -> list[dict]: # at: the place of each token; n: tokens that are stored
+    "Steps in characters and in tokens."
     places = _ranges(at, [(s["start"], s["end"]) for s in steps], n)
     return [dict(token_start=a, token_end=b, char_start=s["start"], char_end=s["end"], category=s["category"], macro=s["macro"], segment=s["segment"]) for s, (a, b) in zip(steps, places)]
 
@@ -259,11 +258,12 @@ def _step_entries(row: Mapping, at: np.ndarray, n: int) -> list[dict]: # at: the
 def _entry(sample: _Sample, n: int, number: int) -> dict: # n: tokens of the response that are stored; number: of the row
     "What the index says about a sample, without its place among the others."
     text, tokens, at = sample.row["response"], sample.tokens, _belongs(sample.tokens)
-    steps = _step_entries(sample.row, at, n)
+    found, where = _row_parts(sample.row)
+    steps = _step_entries(found, at, n)
     aligned = sum(s["char_end"] - s["char_start"] for s in steps if s["token_end"] > s["token_start"])
     return dict(id=str(sample.row.get("id", number)), row=number, num_tokens=n, prompt_tokens=len(sample.prompt), truncated=len(tokens) - n,
         text_sha256=hashlib.sha256(text.encode()).hexdigest(), token_ids_sha256=hashlib.sha256(tokens.ids[:n].astype("<i8").tobytes()).hexdigest(),
-        segments={k: v and _ranges(at, [v], n)[0] for k, v in segments(text).items()}, steps=steps,
+        segments={k: v and _ranges(at, [v], n)[0] for k, v in where.items()}, steps=steps,
         alignment=dict(aligned_chars=aligned, total_chars=len(text), unaligned=_without_tokens(steps, tokens, n)))
 
 # %% ../nbs/13_extract.ipynb #4cb38fe9

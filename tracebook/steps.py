@@ -877,9 +877,9 @@ def split_sentences(
     return [x for x in trimmed if x[0] < x[1]]
 
 # %% ../nbs/04_steps.ipynb #cd6ebcaa
-def _own_drafts(text: str) -> tuple[str, list[_Draft]]:
+def _own_drafts(text: str, trace: Trace | None = None) -> tuple[str, list[_Draft]]: # trace: of the text, if it was read already
     "Blocks and mementos of a text, or, where it has none, its sentences; and which of the two."
-    trace = parse(text)
+    trace = parse(text) if trace is None else trace
     parts = [s for s in trace.spans if s.kind in ("block", "memento")] if trace.dialect == "memento" else []
     if parts:
         drafts = (_Draft(i, (s.kind,), "", s[1:3], complete=s.complete) for i, s in enumerate(parts))
@@ -1022,13 +1022,18 @@ def row_steps(
     text: str = "response", # key of the response
 ) -> list[dict]: # start, end, category, macro, segment; in order, not overlapping; ValueError for a column that is wrong
     "The steps of a row: its own column, else its blocks and mementos, else its sentences."
+    return _row_parts(row, text)[0]
+
+def _row_parts(row: Mapping, text: str = "response") -> tuple[list[dict], dict]: # steps as in `row_steps`, segments as in `segments`
+    "Steps and segments of a row, whose response is read once."
     response = row.get(text)
     if not isinstance(response, str): raise ValueError(f"row: {text!r} must be a text, got {type(response).__name__}")
+    trace = parse(response)
     if row.get("steps") is not None:
         found = [(s["start"], s["end"], s["category"], s["macro"]) for s in check_steps(row["steps"], len(response))]
-    else: found = [(*d.span, d.tags[0], d.tags[0]) for d in _own_drafts(response)[1] if d.span]
-    where = segments(response)
-    return [dict(start=a, end=b, category=c, macro=m, segment=_segment_at(where, a, b)) for a, b, c, m in found]
+    else: found = [(*d.span, d.tags[0], d.tags[0]) for d in _own_drafts(response, trace)[1] if d.span]
+    where = _segments_of(trace)
+    return [dict(start=a, end=b, category=c, macro=m, segment=_segment_at(where, a, b)) for a, b, c, m in found], where
 
 # %% ../nbs/04_steps.ipynb #bd2e11f9
 STEP_TYPE = STEP_COLUMNS.field("steps").type.value_type # an entry of the column `steps` in Arrow
