@@ -25,6 +25,9 @@ from .stats import _COLOURS, _axes, _label
 # %% auto #0
 __all__ = ['EPS', 'PRESETS', 'Spectrum', 'spectrum', 'Conventions', 'Metric', 'UndefinedMetric', 'stable_rank', 'participation_ratio', 'effective_rank', 'top1_share', 'n90', 'n99', 'mean_norm2_share', 'Preset', 'rankme', 'AlphaFit', 'alpha_req', 'plot_spectrum', 'Explanation', 'explain_conventions', 'isotropic_null', 'anisotropy', 'prompt_entropy', 'lidar', 'metrics_row', 'Moments', 'union', 'between_share', 'FastPathRefused', 'TriangularMoments', 'save_moments', 'load_moments', 'splitmix64', 'row_keys', 'group_of', 'BottomK', 'Interval', 'jackknife', 'METRICS', 'sensitivity', 'metrics_schema', 'spectral_metrics', 'SpectralMetrics', 'load_metrics', 'load_models', 'metrics_table', 'compare_models', 'plot_categories', 'plot_depth', 'plot_sweep', 'plot_cells', 'plot_spectra']
 
+# %% ../nbs/14_spectral.ipynb #4342027b
+def _dense(Z: torch.Tensor) -> torch.Tensor: return Z if Z.layout is torch.strided else Z.to_dense() # with the zeros that a sparse tensor does not store
+
 # %% ../nbs/14_spectral.ipynb #80b3e64b
 def _rows(Z: Any) -> tuple[torch.Tensor, str]: # the rows [n, d] where they are, and the name of their dtype
     "Rows of numpy, torch or lists as a tensor that nobody writes to; ValueError for what is no matrix of real numbers."
@@ -32,21 +35,28 @@ def _rows(Z: Any) -> tuple[torch.Tensor, str]: # the rows [n, d] where they are,
         Z = np.asarray(Z)
         name = Z.dtype.name
         if Z.dtype.kind not in "fiub" and not name.startswith(("bfloat16", "float8")): raise ValueError(f"rows must be real numbers, got an array of {name}")
-        Z = Z.astype({"float16": np.float32, "bfloat16": np.float32}.get(name, np.float64)) if name not in ("float32", "float64") or not Z.dtype.isnative else Z
+        Z = Z.astype(np.float32 if name.startswith(("float16", "bfloat16", "float8")) else np.float64) if name not in ("float32", "float64") or not Z.dtype.isnative else Z
         Z = torch.from_numpy(np.ascontiguousarray(Z) if Z.flags.writeable else Z.copy())
-    else: name = str(Z.dtype).removeprefix("torch.")
+    else:
+        name, Z = str(Z.dtype).removeprefix("torch."), _dense(Z)
+        if name.startswith("float8"): Z = Z.float()
     if Z.ndim != 2: raise ValueError(f"rows must be a matrix [n, d], got the shape {tuple(Z.shape)}")
     if Z.is_complex() or Z.device.type == "meta": raise ValueError(f"rows must be real numbers, got a tensor of {name} on {Z.device.type}")
     return (Z.detach() if Z.device.type in ("cpu", "cuda") else Z.detach().cpu()), name
+
+# %% ../nbs/14_spectral.ipynb #3ac73b6c
+def _middling(A: torch.Tensor) -> tuple[torch.Tensor, int]: # float64 A times 2**-e, and e: 0, and A itself, where its numbers are of a middling size
+    "Numbers whose squares and their sums stay within float64."
+    top = A.abs().max().item() if A.numel() else 0.
+    e = math.frexp(top)[1] if not 1e-100 < top < 1e100 and math.isfinite(top) else 0
+    return (torch.ldexp(torch.ldexp(A, torch.tensor(-(e // 2))), torch.tensor(-(e - e // 2))) if e else A), e
 
 # %% ../nbs/14_spectral.ipynb #de1950f4
 def _centre(X: torch.Tensor, center: bool) -> tuple[torch.Tensor, torch.Tensor, int]: # float64 rows times 2**-e, their mean likewise, and e
     "The rows in float64, centred if wanted, with numbers of a middling size; the argument stays as it is."
     A, zero = X.double(), X.new_zeros(X.shape[1], dtype=torch.float64)
     if not A.numel(): return A, zero, 0
-    top = A.abs().max().item()
-    e = math.frexp(top)[1] if not 1e-100 < top < 1e100 and math.isfinite(top) else 0
-    if e: A = torch.ldexp(torch.ldexp(A, torch.tensor(-(e // 2))), torch.tensor(-(e - e // 2)))
+    A, e = _middling(A)
     shift = A[0].clone()
     rest = A - shift
     mean = rest.mean(0)
@@ -316,9 +326,11 @@ def mean_norm2_share(
 
 # %% ../nbs/14_spectral.ipynb #54a61ca4
 def _check_fit(fit: tuple[int, int]) -> tuple[int, int]: # ValueError for a range that is none
-    lo, hi = fit
-    if not (int(lo) == lo and int(hi) == hi and 1 <= lo <= hi): raise ValueError(f"fit={fit!r}: give the first and the last rank, counted from 1, as (lo, hi)")
-    return int(lo), int(hi)
+    try:
+        lo, hi = fit
+        if int(lo) == lo and int(hi) == hi and 1 <= lo <= hi: return int(lo), int(hi)
+    except (TypeError, ValueError, OverflowError): pass # no two of them, or no numbers, or not finite
+    raise ValueError(f"fit={fit!r}: give the first and the last rank, counted from 1, as (lo, hi)")
 
 # %% ../nbs/14_spectral.ipynb #f86be651
 @dataclass(frozen=True)
@@ -349,7 +361,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
 
 # %% ../nbs/14_spectral.ipynb #6c6ea9a7
 def _preset(preset: str | Preset, what: str) -> Preset: # ValueError if it is unknown or has no such metric
-    p = preset if isinstance(preset, Preset) else PRESETS.get(preset)
+    p = preset if isinstance(preset, Preset) else PRESETS.get(preset) if isinstance(preset, str) else None
     able = [q.name for q in PRESETS.values() if (q.weights if what == "RankMe" else q.fit)]
     if p is None: raise ValueError(f"preset={preset!r} is unknown; choose {', '.join(able)}")
     if not (p.weights if what == "RankMe" else p.fit): raise ValueError(f"{p.name} has no {what}; choose {', '.join(able)}")
@@ -380,8 +392,8 @@ def rankme(
 class AlphaFit:
     "The exponent of a power law and how well it fits; made by `alpha_req`."
     alpha: Metric # -slope of ln λ on ln rank; carries the conventions
-    r2: float | None # weighted share of the variance that the line explains; None for a flat spectrum
-    stderr: float # of alpha; descriptive, since residuals are correlated
+    r2: Metric | None # weighted share of the variance that the line explains; None for a flat spectrum
+    stderr: Metric # of alpha; descriptive, since residuals are correlated
     fit_lo: int # first rank of the fit, from 1
     fit_hi: int # last rank, inclusive
     n_fit: int # how many ranks
@@ -419,12 +431,13 @@ def alpha_req(
 ) -> AlphaFit | None: # ValueError for an unknown preset or a range that is none
     "The exponent of the power law of the eigenvalues, with weights 1/rank (Agrawal et al. 2022, Stringer et al. 2019)."
     p = _preset(preset, "α")
-    lo, asked = _check_fit(fit or p.fit)
+    lo, asked = _check_fit(p.fit if fit is None else fit)
     s = _for_preset(Z, p)
     hi = min(asked, s.rank, p.k or s.rank)
     if hi - lo + 1 < 10: raise UndefinedMetric(f"{max(hi - lo + 1, 0)} points in ranks {lo}..{asked} of a spectrum of rank {s.rank:,}: a fit needs 10")
     alpha, r2, stderr, level = _line(s.sigma, lo, hi)
-    return AlphaFit(_metric("alpha", alpha, s, preset=p.name, fit=(lo, hi)), r2, stderr, lo, hi, hi - lo + 1, hi < asked, level)
+    number = lambda name, x: None if x is None else _metric(name, x, s, preset=p.name, fit=(lo, hi))
+    return AlphaFit(number("alpha", alpha), number("alpha_r2", r2), number("alpha_stderr", stderr), lo, hi, hi - lo + 1, hi < asked, level)
 
 # %% ../nbs/14_spectral.ipynb #e29aabd3
 def _fit_or_none(s: Spectrum, preset: str | Preset, fit: tuple[int, int] | None) -> AlphaFit | None:
@@ -447,13 +460,16 @@ def plot_spectrum(
     fit: tuple[int, int] | None = None, # another range
 ) -> Figure: # eigenvalues relative to the first, on logarithmic axes, with the line of the fit over its ranks
     "Eigenvalues over rank, with the fit of α and its range."
+    several, drawn = spectra if isinstance(spectra, Mapping) else {"": spectra}, 0
+    if not several: raise ValueError("no spectra to draw: the dictionary is empty")
     fig, (ax,) = _axes(title="Eigenvalues, and the ranks of the fit")
-    for i, (name, Z) in enumerate((spectra if isinstance(spectra, Mapping) else {"": spectra}).items()):
+    for i, (name, Z) in enumerate(several.items()):
         name = _label(str(name))
         s = Z if isinstance(Z, Spectrum) else Z.spectrum() if hasattr(Z, "spectrum") else spectrum(Z)
         if s.reason: ax.plot([], [], " ", label=f"{name}: {s.reason}".strip(": "))
-        else: _draw(ax, s, name, _COLOURS[i % len(_COLOURS)], _fit_or_none(s, preset, fit))
-    ax.set(xscale="log", yscale="log", xlabel="rank", ylabel="λ / λ₁")
+        else: drawn = _draw(ax, s, name, _COLOURS[i % len(_COLOURS)], _fit_or_none(s, preset, fit)) or 1
+    scale = "log" if drawn else "linear"
+    ax.set(xscale=scale, yscale=scale, xlabel="rank", ylabel="λ / λ₁")
     ax.legend(frameon=False, fontsize="small")
     return fig
 
@@ -510,15 +526,22 @@ def _explain(p: Preset, made: dict[bool, Spectrum]) -> dict: # one row of the ta
     return dict(preset=p.name, rankme=_rankme(s, p.weights, p.eps, p.k) if known and p.weights else None, alpha=fit and float(fit), centred={True: "yes", False: "no", None: "as given"}[p.centered],
         counts={"sigma": "σ", "lambda": "λ", None: None}[p.weights], ε=f"{p.eps:g}" if p.weights else None, ranks=ranks or None, why=why or None)
 
+# %% ../nbs/14_spectral.ipynb #c5cfedb8
+def _chosen(presets: Any) -> list[Preset]: # ValueError for one that is unknown, and for none at all
+    "Presets from what was asked for; None: all that are known."
+    several = [presets] if isinstance(presets, (str, Preset)) else list(PRESETS if presets is None else presets)
+    if not several: raise ValueError(f"no preset to explain: choose some of {', '.join(PRESETS)}, or None for all")
+    return [p if isinstance(p, Preset) else PRESETS[p] if isinstance(p, str) and p in PRESETS else _preset(p, "RankMe") for p in several]
+
 # %% ../nbs/14_spectral.ipynb #5dedd127
 def explain_conventions(
     Z: Any, # rows, a spectrum or moments
-    presets: Sequence[str | Preset] | None = None, # which; None: all
-) -> Explanation: # prints itself as one table
+    presets: str | Preset | Sequence[str | Preset] | None = None, # which, one or several; None: all
+) -> Explanation: # prints itself as one table; ValueError for a preset that is unknown, or no preset at all
     "What every preset says of the same rows, and which of its choices makes the difference to the canonical one."
+    chosen = _chosen(presets)
     made: dict[bool, Spectrum] = {Z.centered: Z} if isinstance(Z, Spectrum) else {c: Z.spectrum(center=c) if hasattr(Z, "spectrum") else spectrum(Z, c) for c in (True, False)}
     s = next(iter(made.values()))
-    chosen = [p if isinstance(p, Preset) else PRESETS[p] if p in PRESETS else _preset(p, "RankMe") for p in presets or PRESETS]
     return Explanation(f"{s.n:,} rows of width {s.d:,}, {s.dtype}, {s.method}", tuple(_explain(p, made) for p in chosen))
 
 # %% ../nbs/14_spectral.ipynb #e88a9c78
@@ -536,13 +559,13 @@ def isotropic_null(
     d: int, # columns
     weights: str = "lambda", # "lambda": what `effective_rank` would say; "sigma": what `rankme` would
     centered: bool = True, # whether the mean is subtracted
-) -> float | None: # None for less than two rows
+) -> Metric | None: # None for less than two rows, or rows without a width
     "The rank metric of Gaussian rows of this size that prefer no direction."
+    if weights not in ("sigma", "lambda"): raise ValueError(f"weights={weights!r}; choose sigma or lambda")
     small, large = sorted((n - bool(centered), d))
     if small < 1 or n < 2: return None
-    if weights == "lambda": return small * math.exp(-small / (2 * large))
-    if weights != "sigma": raise ValueError(f"weights={weights!r}; choose sigma or lambda")
-    return _sigma_null(small, large)
+    value, method = (_sigma_null(small, large), "Marchenko-Pastur") if weights == "sigma" else (small * math.exp(-small / (2 * large)), "closed form")
+    return Metric(value, "isotropic_null", Conventions("isotropic Gaussian rows", weights, bool(centered), n=int(n), d=int(d), method=method))
 
 # %% ../nbs/14_spectral.ipynb #1ac4a7fb
 def _unit(Z: Any) -> tuple[torch.Tensor, str]: # float64 rows of length 1, those of length 0 left out; name of the dtype
@@ -568,10 +591,14 @@ def anisotropy(
     total = U.sum(0)
     return Metric(((total @ total).item() - n) / (n * (n - 1)), "anisotropy", Conventions(centered=False, n=n, d=d, dtype=dtype, method="cosine"))
 
-# %% ../nbs/14_spectral.ipynb #642bec35
+# %% ../nbs/14_spectral.ipynb #ba44b340
 def _renyi(p: np.ndarray, order: float) -> float: # in nats
-    "Rényi's entropy of shares; at order 1 its limit, at infinity -ln of the largest."
-    return _entropy(p) if order == 1 else math.log((p[p > 0] ** order).sum()) / (1 - order) if math.isfinite(order) else -math.log(p[0])
+    "Rényi's entropy of shares in descending order; at order 1 its limit, at infinity -ln of the largest."
+    if order == 1: return _entropy(p)
+    if math.isinf(order): return -math.log(p[0])
+    p = p[p > 0]
+    if abs(order - 1) < .1: return math.log1p((p * np.expm1((order - 1) * np.log(p))).sum()) / (1 - order)
+    return order / (1 - order) * math.log(p[0]) + math.log(((p / p[0]) ** order).sum()) / (1 - order)
 
 # %% ../nbs/14_spectral.ipynb #8d9cf4f2
 @_or_none
@@ -591,19 +618,26 @@ def prompt_entropy(
     return _metric("prompt_entropy", _renyi(p, order) / by, s, preset=f"order {order:g}, divided by {normalize or 'nothing'}")
 
 # %% ../nbs/14_spectral.ipynb #bbb73546
-def _scatter(X: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]: # centred means [objects, d], mean scatter around them [d, d]
-    "Means of objects, and how views lie around them; each object weighs the same."
+def _scatter(X: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, float, int]: # centred means [objects, d], views around them [n, d], length of the longest row, e: all times 2**-e
+    "Means of objects, and views whose squares add up to the mean scatter; each object weighs the same."
     _, of, count = np.unique(of, return_inverse=True, return_counts=True)
     of, count = torch.as_tensor(of, device=X.device), torch.as_tensor(count, device=X.device, dtype=torch.float64)
-    A, _, _ = _centre(X, True)
+    A, _, e = _centre(X, True)
     means = A.new_zeros(len(count), A.shape[1]).index_add_(0, of, A) / count[:, None]
-    rest = (A - means[of]) / count[of, None].sqrt()
-    return means - means.mean(0), rest.T @ rest / len(count)
+    rest = (A - means[of]) / (count[of, None] * len(count)).sqrt()
+    return means - means.mean(0), rest, torch.linalg.vector_norm(A, dim=1).max().item(), e
+
+# %% ../nbs/14_spectral.ipynb #5efa7a9f
+def _root_within(rest: torch.Tensor, delta: float, e: int) -> tuple[torch.Tensor, float]: # L [d, d], and the least scatter in any direction (as a length); both times 2**-e
+    "L with LLᵀ = the scatter + δI."
+    with np.errstate(over="ignore", under="ignore"): root = min(float(np.ldexp(math.sqrt(delta), -e)), 2. ** 300)
+    L = _triangle(torch.cat([_triangle(rest).cpu(), root * torch.eye(rest.shape[1], dtype=torch.float64)])).T
+    return L, max(float(_solve("svdvals", L)[0].min()), root)
 
 # %% ../nbs/14_spectral.ipynb #97bf1a31
 def _views(Z: Any, objects: Any) -> tuple[torch.Tensor, np.ndarray, str]: # rows [n, d], object of each, name of the dtype
     "One form of the two; ValueError if they do not go together, UndefinedMetric for rows that are empty or not finite."
-    Z = Z if isinstance(Z, torch.Tensor) else np.asarray(Z)
+    Z = _dense(Z) if isinstance(Z, torch.Tensor) else np.asarray(Z)
     shape = tuple(Z.shape)
     if objects is None and len(shape) != 3: raise ValueError(f"rows of the shape {shape} without objects: give [objects, views, d], or say of which object each row is")
     X, dtype = _rows(Z if objects is not None else Z.reshape(-1, shape[-1]))
@@ -611,6 +645,16 @@ def _views(Z: Any, objects: Any) -> tuple[torch.Tensor, np.ndarray, str]: # rows
     if len(of) != len(X): raise ValueError(f"{len(of):,} objects for {len(X):,} rows")
     if not len(X) or not torch.isfinite(X).all(): raise UndefinedMetric("no rows" if not len(X) else "rows hold numbers that are not finite")
     return X, of, dtype
+
+# %% ../nbs/14_spectral.ipynb #36b767ec
+def _told_apart(means: torch.Tensor, L: torch.Tensor, least: float, error: float) -> tuple[np.ndarray, str]: # singular values of the means in units of the scatter (up to a power of two), note
+    "UndefinedMetric where a rounding error of this size reaches what the views leave."
+    if means.abs().max() <= 1e4 * error: raise UndefinedMetric("all objects have the same mean, up to rounding")
+    if error <= 1e-4 * least:
+        B, e = _middling(torch.linalg.solve_triangular(L, means.T, upper=False))
+        sigma, note = _solve("svdvals", B)
+        if error / least <= 1e-4 * np.ldexp(sigma[0], e): return sigma, note
+    raise UndefinedMetric("rounding of rows this long swamps delta: take a larger delta, or scale the rows down")
 
 # %% ../nbs/14_spectral.ipynb #f361e6c3
 @_or_none
@@ -620,13 +664,13 @@ def lidar(
     delta: float = 1e-4, # added to the scatter of the views; other code has 1e-6 or 1e-8
 ) -> Metric | None: # between 1 and objects - 1
     "exp H of the directions that tell objects apart, in units of how their views scatter (Thilak et al. 2024)."
-    if delta <= 0: raise ValueError(f"delta={delta}: it keeps the scatter invertible, so it is above 0")
+    if not 0 < delta < math.inf: raise ValueError(f"delta={delta}: it keeps the scatter invertible, so it is above 0, and finite")
     X, of, dtype = _views(Z, objects)
-    means, within = (x.cpu() for x in _scatter(X, of))
-    L = torch.linalg.cholesky(within + delta * torch.eye(len(within), dtype=torch.float64))
-    sigma, note = _solve("svdvals", torch.linalg.solve_triangular(L, means.T, upper=False))
+    means, rest, longest, e = _scatter(X, of)
+    if len(means) < 2 or not X.shape[1]: raise UndefinedMetric("a single object" if X.shape[1] else "rows without a width")
+    try: sigma, note = _told_apart(means.cpu(), *_root_within(rest, delta, e), EPS * math.sqrt(max(X.shape)) * longest)
+    except np.linalg.LinAlgError as error: raise UndefinedMetric(str(error)) from error
     s = Spectrum(sigma, n=len(means), d=X.shape[1], method="svd", dtype=dtype, note=note)
-    if s.reason: raise UndefinedMetric(s.reason.replace("row", "object"))
     return _metric("lidar", math.exp(_entropy(_shares(s))), s, preset=f"delta {delta:g}", k=s.rank)
 
 # %% ../nbs/14_spectral.ipynb #3cf30a74
@@ -640,12 +684,23 @@ def _try(reasons: dict, name: str, metric: Callable, *args) -> Any: # None, with
 # %% ../nbs/14_spectral.ipynb #d7dcaf3b
 def _trace(s: Spectrum) -> Metric: # UndefinedMetric beyond the range of float64
     if s.reason: raise UndefinedMetric(s.reason)
-    with np.errstate(over="ignore"): return _metric("trace", float(s.eigenvalues.sum()), s)
+    e = math.frexp(s.sigma[0])[1]
+    with np.errstate(over="ignore", under="ignore"): total = float(np.ldexp((np.ldexp(s.sigma, -e) ** 2 / max(s.n - s.centered, 1)).sum(), 2 * e))
+    if total < np.finfo(np.float64).tiny: raise UndefinedMetric("trace lies below the range of float64")
+    return _metric("trace", total, s)
 
 # %% ../nbs/14_spectral.ipynb #ddeec06c
 def _fit_columns(fit: AlphaFit | None) -> dict:
     "A fit as columns of a table."
     return dict(alpha=fit and fit.alpha, alpha_r2=fit and fit.r2, alpha_stderr=fit and fit.stderr) | {k: fit and getattr(fit, k) for k in ("fit_lo", "fit_hi", "n_fit", "fit_truncated")}
+
+# %% ../nbs/14_spectral.ipynb #9cf303e9
+_FROM = dict(rankme_norm="rankme", effective_rank_norm="effective_rank") | dict.fromkeys(("alpha_r2", "alpha_stderr", "fit_lo", "fit_hi", "n_fit", "fit_truncated"), "alpha")
+
+def _reasons(row: Mapping, why: Mapping, other: str | None) -> dict: # name -> reason; other: where neither it nor its origin has one
+    "A reason for every number of a row that is missing."
+    flat = {"alpha_r2": "a flat spectrum has nothing to explain"} if row["alpha"] is not None else {}
+    return {k: why.get(k) or why.get(_FROM.get(k)) or flat.get(k) or other or "undefined" for k, x in row.items() if x is None}
 
 # %% ../nbs/14_spectral.ipynb #f5b6182f
 def metrics_row(
@@ -653,7 +708,7 @@ def metrics_row(
     uncentered: Spectrum | None = None, # of the same rows: adds `rankme_garrido`. None: made of rows and moments if `both`
     preset: str = "canonical", # whose range of ranks for alpha
     both: bool = False, # also decompose the uncentred rows
-) -> dict: # name -> Metric, int, bool or None; `reason`: name -> why it is None
+) -> dict: # name -> Metric, int, bool or None; `reason`: name -> why it is None, for each that is
     "Every metric of one spectrum."
     s = Z if isinstance(Z, Spectrum) else Z.spectrum(center=True) if hasattr(Z, "spectrum") else spectrum(Z)
     if both and uncentered is None and Z is not s: uncentered = Z.spectrum(center=False) if hasattr(Z, "spectrum") else spectrum(Z, False)
@@ -664,8 +719,8 @@ def metrics_row(
     if uncentered is not None: row["rankme_garrido"] = _try(why, "rankme_garrido", rankme, uncentered, "garrido")
     fit = _try(why, "alpha", alpha_req, s, preset)
     row |= _fit_columns(fit)
-    row |= dict(trace=_try(why, "trace", _trace, s), isotropic_null=isotropic_null(s.n, s.d, centered=s.centered))
-    return row | dict(reason=why | {k: why.get(of, "undefined") for k, of in (("rankme_norm", "rankme"), ("effective_rank_norm", "effective_rank")) if row[k] is None})
+    row |= dict(trace=_try(why, "trace", _trace, s), isotropic_null=isotropic_null(s.n, s.d, centered=s.centered), isotropic_null_rankme=isotropic_null(s.n, s.d, "sigma", s.centered))
+    return row | dict(reason=_reasons(row, why, s.reason))
 
 # %% ../nbs/14a_moments.ipynb #ee54ce81
 import hashlib
