@@ -774,14 +774,25 @@ def _centred_chunk(part: torch.Tensor, spare: int = 1) -> tuple[torch.Tensor, to
     return first + mean, A
 
 # %% ../nbs/14a_moments.ipynb #07c5d9b1
-def _incoming(self: Any, block: Any) -> torch.Tensor: # the rows on the device of the state; ValueError for what cannot be added
+_FAST = (torch.float32, torch.bfloat16, torch.float16) # what float32 holds exactly
+
+def _incoming(self: Any, block: Any, fast: bool = False) -> torch.Tensor: # the rows on the device of the state; ValueError for what cannot be added
     "Check a block against a state, and begin the state if it is new."
     X, dtype = _rows(block)
+    if fast and X.dtype not in _FAST: raise ValueError(f"the fast path multiplies in float32, and these rows are {dtype}: use fast=False")
     if self.mean is not None and X.shape[1] != self.d: raise ValueError(f"rows of width {X.shape[1]:,} for moments of width {self.d:,}")
     if not torch.isfinite(X.sum(dtype=torch.float64)) and (bad := len(X) - int(torch.isfinite(X).all(1).sum())): raise ValueError(f"{bad:,} of {len(X):,} rows hold numbers that are not finite: leave them out, and count them")
     if self.mean is None: self.mean = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
     if len(X): self.dtype = _names(self.dtype, dtype)
     return X.to(self.mean.device)
+
+# %% ../nbs/14a_moments.ipynb #d96f0101
+_TINY = float(np.finfo(np.float64).tiny)
+
+@patch
+def _mark(self: Moments, rest: torch.Tensor) -> None: # rest: what was squared last
+    "Differences whose squares are all 0 leave the smallest number there is."
+    if not self.trace and rest.any(): self.M2.diagonal().fill_(_TINY)
 
 # %% ../nbs/14a_moments.ipynb #2f0860fa
 @patch
@@ -790,7 +801,7 @@ def update(self: Moments,
     fast: bool = False, # multiply in float32 (see below)
 ) -> Moments: # the same object; ValueError for rows of another width, or that are not finite
     "Add rows."
-    X = _incoming(self, block)
+    X = _incoming(self, block, fast)
     if self.M2 is None: self.M2 = torch.zeros(self.d, self.d, dtype=torch.float64, device=self.mean.device)
     for part in X.split(_CHUNK):
         if not len(part): continue
@@ -800,6 +811,7 @@ def update(self: Moments,
             n, D = self.n + len(part), mean - self.mean
             A[-1] = D * math.sqrt(self.n * len(part) / n)
             self.M2 += _square(A)
+            if part.dtype == torch.float64 or "float64" in self.dtype: self._mark(A)
             self.mean, self.n = (self.mean + D * (len(part) / n) if self.n else mean), n
     return self
 
@@ -825,6 +837,7 @@ def absorb(self: Moments,
         n, D, mean = _joined(self, other)
         self.M2 += other.M2.to(self.M2.device)
         self.M2.addr_(D, D, alpha=self.n * other.n / n)
+        if "float64" in self.dtype + other.dtype: self._mark(D)
         self.n, self.mean = n, mean
     elif other.n: # nothing here yet
         if self.mean is not None: _joined(replace(self, n=1), other)
@@ -852,6 +865,11 @@ def union(
     for s in states: out.absorb(s)
     return out
 
+# %% ../nbs/14a_moments.ipynb #4cba1e09
+_LOW = "second moments below the range of float64: scale the rows up"
+
+def _least(n: int, d: int) -> float: return n * d ** 2 * (_TINY / EPS) # the trace up to which lost products may show
+
 # %% ../nbs/14a_moments.ipynb #c45fe3c5
 def between_share(
     states: Iterable[Any], # moments of groups that do not overlap
@@ -862,16 +880,23 @@ def between_share(
     if n: means, weights = torch.stack([s.mean.cpu() for s in states]), torch.tensor([s.n for s in states], dtype=torch.float64)
     rest = means - means[0] if n else None
     between = (weights @ (rest - weights @ rest / n).square()).sum().item() if n else 0.
-    if between + within: return between / (between + within)
-    warnings.warn(UndefinedMetric("no rows" if not n else "all rows are equal"), stacklevel=2)
+    if between + within > _least(n, rest.shape[1] if n else 0): return between / (between + within)
+    warnings.warn(UndefinedMetric("no rows" if not n else _LOW if between + within or rest.any() else "all rows are equal"), stacklevel=2)
 
 # %% ../nbs/14a_moments.ipynb #11c92d0e
 @patch
 def gram(self: Moments,
     center: bool = False, # True: M2 itself
-) -> torch.Tensor: # float64 [d, d]
+) -> torch.Tensor: # float64 [d, d]; ValueError before the first rows
     "Σ z zᵀ, or Σ (z-μ)(z-μ)ᵀ."
+    if self.M2 is None: raise ValueError("no rows, and so no width: there is no matrix yet")
     return self.M2 if center else torch.addr(self.M2, self.mean, self.mean, alpha=self.n)
+
+# %% ../nbs/14a_moments.ipynb #34b78de9
+def _length(x: torch.Tensor) -> float: # of a float64 vector
+    "The length, for numbers of any size."
+    x, e = _middling(x)
+    return float(np.ldexp(torch.linalg.vector_norm(x).item(), e))
 
 # %% ../nbs/14a_moments.ipynb #49de3e91
 @patch
@@ -883,10 +908,11 @@ def spectrum(self: Moments,
     if self.n < 2: return Spectrum([], **about)
     matrix = self.gram(center)
     if not torch.isfinite(matrix).all(): return Spectrum([], **about, reason="second moments are not finite: the rows are too large")
+    if (total := matrix.diagonal().sum().item()) < _least(self.n, self.d) and (total or not center and self.mean.any()): return Spectrum([], **about, reason=_LOW)
     try: values, note = _solve("eigvalsh", matrix)
     except np.linalg.LinAlgError as error: return Spectrum([], **about, reason=str(error))
     if self.fast: _check_fast(values, self.n - bool(center), self.d)
-    return Spectrum(np.sqrt(np.maximum(values, 0))[::-1], **about, mean_norm=torch.linalg.vector_norm(self.mean).item(), note=note)
+    return Spectrum(np.sqrt(np.maximum(values, 0))[::-1], **about, mean_norm=_length(self.mean), note=note)
 
 # %% ../nbs/14a_moments.ipynb #35cadfb0
 class FastPathRefused(ValueError):
@@ -911,7 +937,7 @@ class TriangularMoments:
     @property
     def d(self) -> int: return 0 if self.mean is None else len(self.mean)
     @property
-    def trace(self) -> float: return 0. if self.R is None else self.R.square().sum().item()
+    def trace(self) -> float: return 0. if self.R is None else self.R.square().sum().item() or _TINY * bool(self.R.any())
     method = "qr"
     __repr__ = Moments.__repr__
 
@@ -971,7 +997,9 @@ def merge(self: TriangularMoments,
 @patch
 def to_moments(self: TriangularMoments) -> Moments:
     "The same as a matrix of second moments."
-    return Moments(self.n, self.mean, None if self.R is None else self.R.T @ self.R, self.dtype)
+    out = Moments(self.n, self.mean, None if self.R is None else self.R.T @ self.R, self.dtype)
+    if self.R is not None: out._mark(self.R)
+    return out
 
 # %% ../nbs/14a_moments.ipynb #825189a4
 @patch
@@ -983,9 +1011,10 @@ def spectrum(self: TriangularMoments,
     if self.n < 2: return Spectrum([], **about)
     matrix = self.R if center else _stack(self.R, self.mean * math.sqrt(self.n))
     if not torch.isfinite(matrix).all(): return Spectrum([], **about, reason="second moments are not finite: the rows are too large")
+    matrix, e = _middling(matrix)
     try: values, note = _solve("svdvals", matrix)
     except np.linalg.LinAlgError as error: return Spectrum([], **about, reason=str(error))
-    return Spectrum(values, **about, mean_norm=torch.linalg.vector_norm(self.mean).item(), note=note)
+    return Spectrum(np.ldexp(values, e), **about, mean_norm=_length(self.mean), note=note)
 
 # %% ../nbs/14a_moments.ipynb #a2cda52d
 @patch(as_prop=True)
@@ -1015,13 +1044,13 @@ def _true_float32() -> Iterator[None]:
     finally:
         for p, old in zip(places, before): p.fp32_precision = old
 
-# %% ../nbs/14a_moments.ipynb #d28e9b45
+# %% ../nbs/14a_moments.ipynb #7c9a4cdf
 def _fast_moments(self: Moments, part: torch.Tensor) -> Moments: # of one chunk
     "The moments of at most 2,048 rows by a float32 product."
-    if part.dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError(f"the fast path multiplies in float32, and these rows are {str(part.dtype).removeprefix('torch.')}: use fast=False")
     if self.shift is None: self.shift = part.double().mean(0).float()
     A = part.float() - self.shift
     with _true_float32(): product = (A.T @ A).double()
+    if not len(part) * self.d ** 2 * 1e-31 < product.diagonal().sum() < math.inf: product = _square(A.double())
     mean = A.double().mean(0)
     return Moments(len(part), self.shift.double() + mean, product.addr_(mean, mean, alpha=-len(part)), fast=True)
 
@@ -1042,6 +1071,7 @@ def save_moments(
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         save_file(tensors, part, dict(tracebook=json.dumps(dict(format=_FORMAT, cells=cells, extra=dict(extra or {})), sort_keys=True, allow_nan=False)))
+        with part.open("rb+") as f: os.fsync(f.fileno())
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
@@ -1087,31 +1117,46 @@ def load_moments(
 
 # %% ../nbs/14a_moments.ipynb #5d92fa60
 def splitmix64(
-    x: Any, # integers up to 64 bits
-) -> np.ndarray: # uint64, of the same shape
+    x: Any, # integers up to 64 bits; -1 is 2**64 - 1, and so on
+) -> np.ndarray: # uint64, of the same shape; ValueError for other numbers
     "One step of the generator splitmix64: every bit of the input moves about half of the output."
+    x = np.asarray(x)
+    if x.dtype.kind not in "iu": raise ValueError(f"splitmix64 takes integers up to 64 bits, got {x.dtype.name}")
     with np.errstate(over="ignore"):
-        x = np.asarray(x).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+# %% ../nbs/14a_moments.ipynb #523c9c5f
+def _whole(what: str, x: Any, least: float = -math.inf) -> int: # ValueError for what is no whole number, or below the least
+    "A whole number, of Python or numpy; True is none."
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)): raise ValueError(f"{what}={x!r} is no whole number")
+    if x < least: raise ValueError(f"{what}={x}: at least {least}")
+    return int(x)
 
 # %% ../nbs/14a_moments.ipynb #785eb28d
 def _name_key(seed: int, name: Any) -> np.ndarray: # uint64 []
     "A key of a seed and a name; numbers count as their digits."
     digits = int.from_bytes(hashlib.blake2b(str(name).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-    return splitmix64(splitmix64(np.uint64(seed % 2 ** 64)) ^ np.uint64(digits))
+    return splitmix64(splitmix64(np.uint64(_whole("seed", seed) % 2 ** 64)) ^ np.uint64(digits))
+
+# %% ../nbs/14a_moments.ipynb #310eed9f
+def _places(index: Any) -> np.ndarray: # integers [m]
+    "Places as an array; ValueError for what counts nothing."
+    index = np.atleast_1d(np.asarray(index))
+    if index.ndim > 1 or index.dtype.kind not in "iu" and index.size: raise ValueError(f"places must be whole numbers, one or a list, got {index.dtype.name} of the shape {index.shape}")
+    if index.size and index.min() < 0: raise ValueError(f"places count from 0, got {index.min()}")
+    return index
 
 # %% ../nbs/14a_moments.ipynb #ed222d0d
 def row_keys(
     seed: int, # another seed, another sample
     name: Any, # of the sample that the rows belong to: a string or a number
     index: Any = 0, # [k] places of the rows in it (tokens or steps); 0: the sample as a whole
-) -> np.ndarray: # uint64 [k]
+) -> np.ndarray: # uint64 [k]; ValueError for places that are no whole numbers from 0
     "The numbers by which rows are drawn."
-    index = np.atleast_1d(np.asarray(index))
-    if index.dtype.kind not in "iu" and index.size: raise ValueError(f"places must be whole numbers, got {index.dtype.name}")
-    return splitmix64(_name_key(seed, name) ^ index.astype(np.uint64))
+    return splitmix64(_name_key(seed, name) ^ _places(index).astype(np.uint64))
 
 # %% ../nbs/14a_moments.ipynb #1419d9bc
 def group_of(
@@ -1120,7 +1165,7 @@ def group_of(
     seed: int = 0, # another seed, another division
 ) -> int: # from 0
     "The group of a trace, for leaving one out."
-    return int(_name_key(seed, name) % np.uint64(groups))
+    return int(_name_key(seed, name) % np.uint64(_whole("groups", groups, 1)))
 
 # %% ../nbs/14a_moments.ipynb #2d4c0460
 class BottomK:
@@ -1129,8 +1174,8 @@ class BottomK:
         k: int, # how many rows are kept
         seed: int = 0, # of the keys
     ):
-        if k < 1: raise ValueError(f"k={k}: a sample has at least one row")
-        self.k, self.seed, self._rows, self._new, self._places, self._bar = int(k), int(seed), [], [], {}, None
+        self.k, self.seed = _whole("k", k, 1), _whole("seed", seed)
+        self._rows, self._new, self._places, self._bar = [], [], {}, None
 
     @property
     def rows(self) -> list[tuple[int, str, int]]: # (key, name, place), smallest key first, ties by name and place
@@ -1156,7 +1201,7 @@ def update(self: BottomK,
     index: Any = 0, # [m] places of the rows in it
 ) -> BottomK: # the same object
     "Offer rows."
-    index, keys = np.atleast_1d(np.asarray(index)), row_keys(self.seed, name, index)
+    index, keys = (at := _places(index)), row_keys(self.seed, name, at)
     if self._bar is not None: index, keys = index[near := keys <= np.uint64(self._bar)], keys[near]
     if len(keys) > self.k: index, keys = index[near := keys <= np.partition(keys, self.k - 1)[self.k - 1]], keys[near]
     self._new += zip(keys.tolist(), [str(name)] * len(keys), index.tolist())
@@ -1181,7 +1226,7 @@ def places(self: BottomK,
     index: Any = 0, # [m] places of the rows in it
 ) -> np.ndarray: # int64 [m]: number of each row in the sample, -1: not in it. Below m: also in the sample of size m
     "Which rows were drawn, for a second pass over the states."
-    index, keys = np.atleast_1d(np.asarray(index)), row_keys(self.seed, name, index)
+    index, keys = (at := _places(index)), row_keys(self.seed, name, at)
     out, name = np.full(len(index), -1, np.int64), str(name)
     if not self.rows: return out
     for at in np.flatnonzero(keys <= np.uint64(self.rows[-1][0])).tolist(): out[at] = self._places.get((name, int(index[at])), -1)
@@ -1226,10 +1271,12 @@ class Interval(NamedTuple):
     reason: str | None = None # why something is None
 
 # %% ../nbs/14a_moments.ipynb #a7e41e61
-def _interval(value: float | None, rest: Sequence[float | None], level: float, reason: str | None) -> Interval:
+def _interval(value: float | None, rest: Sequence[float | None], level: float, reason: str | None) -> Interval: # reason: why the metric is undefined, of all or without a group
     "From the metric of all and those without a group each."
     G = len(rest)
-    if value is None or G < 2 or None in rest: return Interval(value, None, None, None, G, reason or "less than two groups of traces")
+    if value is None: return Interval(None, None, None, None, G, reason or "the metric is undefined")
+    if G < 2: return Interval(value, None, None, None, G, "less than two groups of traces")
+    if None in rest: return Interval(value, None, None, None, G, f"undefined where one of the {G} groups is left out" + (f": {reason}" if reason else ""))
     se = math.sqrt((G - 1) / G * sum((x - sum(rest) / G) ** 2 for x in rest))
     half = _t_quantile(G - 1, level) * se
     return Interval(value, value - half, value + half, se, G)
@@ -1244,22 +1291,28 @@ def _without_each(parts: Sequence[Any]) -> Iterator[Any]: # one state a part
         yield front if back[i + 1] is None else back[i + 1] if front is None else front.merge(back[i + 1])
         back[i + 1], front = None, part if front is None else front.merge(part)
 
+# %% ../nbs/14a_moments.ipynb #45443a2a
+def _numbers(named: Mapping[str, Callable], s: Spectrum) -> tuple[dict, dict]: # name -> float or None, name -> reason
+    "Metrics of a spectrum."
+    why: dict[str, str] = {}
+    found = {k: _try(why, k, f, s) for k, f in named.items()}
+    return {k: None if x is None or not math.isfinite(x) else float(x) for k, x in found.items()}, why
+
 # %% ../nbs/14a_moments.ipynb #530a1326
 def jackknife(
     parts: Sequence[Any], # moments of groups of traces, as `group_of` divides them
     metrics: Callable | Mapping[str, Callable], # such as `rankme`, or several by name
     center: bool = True, # of which spectrum
-    level: float = .95, # of the interval
-) -> Interval | dict[str, Interval]: # one, or one a name
+    level: float = .95, # of the interval, between 0 and 1
+) -> Interval | dict[str, Interval]: # one, or one a name; ValueError for another level
     "The delete-a-group jackknife of metrics of the union."
+    if not 0 < level < 1: raise ValueError(f"level={level}: the probability of the interval lies between 0 and 1")
     named = metrics if isinstance(metrics, Mapping) else {"": metrics}
     parts = [p for p in parts if p.n]
-    told = lambda s: {k: (lambda x: None if x is None else float(x))(_try(why, k, f, s)) for k, f in named.items()}
-    why: dict[str, str] = {}
-    value = told(union(parts).spectrum(center)) if parts else dict.fromkeys(named)
-    if not parts: why |= dict.fromkeys(named, "no rows")
-    rest = [told(s.spectrum(center)) for s in _without_each(parts)] if len(parts) > 1 else []
-    out = {k: _interval(value[k], [r[k] for r in rest], level, why.get(k)) for k in named}
+    value, why = _numbers(named, union(parts).spectrum(center)) if parts else (dict.fromkeys(named), dict.fromkeys(named, "no rows"))
+    rest = [_numbers(named, s.spectrum(center)) for s in _without_each(parts)] if len(parts) > 1 else []
+    first = lambda k: next((w[k] for _, w in rest if k in w), None)
+    out = {k: _interval(value[k], [x[k] for x, _ in rest], level, why.get(k) or first(k)) for k in named}
     return out if isinstance(metrics, Mapping) else out[""]
 
 # %% ../nbs/14b_cells.ipynb #0fb0b14d
