@@ -45,22 +45,30 @@ def _rows(Z: Any) -> tuple[torch.Tensor, str]: # the rows [n, d] where they are,
     return (Z.detach() if Z.device.type in ("cpu", "cuda") else Z.detach().cpu()), name
 
 # %% ../nbs/14_spectral.ipynb #3ac73b6c
+def _times(A: torch.Tensor, e: int) -> torch.Tensor: return torch.ldexp(torch.ldexp(A, torch.tensor(e // 2)), torch.tensor(e - e // 2)) if e else A # A times 2**e, in two steps: 2**1074 is no float64
+
 def _middling(A: torch.Tensor) -> tuple[torch.Tensor, int]: # float64 A times 2**-e, and e: 0, and A itself, where its numbers are of a middling size
     "Numbers whose squares and their sums stay within float64."
-    top = A.abs().max().item() if A.numel() else 0.
+    top = torch.linalg.vector_norm(A, math.inf).item() if A.numel() else 0.
     e = math.frexp(top)[1] if not 1e-100 < top < 1e100 and math.isfinite(top) else 0
-    return (torch.ldexp(torch.ldexp(A, torch.tensor(-(e // 2))), torch.tensor(-(e - e // 2))) if e else A), e
+    return _times(A, -e), e
+
+# %% ../nbs/14_spectral.ipynb #070c9744
+def _length(x: torch.Tensor) -> float: # of a float64 vector
+    "The length, for numbers of any size."
+    x, e = _middling(x)
+    return float(np.ldexp(torch.linalg.vector_norm(x).item(), e))
 
 # %% ../nbs/14_spectral.ipynb #de1950f4
-def _centre(X: torch.Tensor, center: bool) -> tuple[torch.Tensor, torch.Tensor, int]: # float64 rows times 2**-e, their mean likewise, and e
+def _centre(X: torch.Tensor, center: bool) -> tuple[torch.Tensor, torch.Tensor, int]: # float64 rows times 2**-e, their mean as it is, and e
     "The rows in float64, centred if wanted, with numbers of a middling size; the argument stays as it is."
-    A, zero = X.double(), X.new_zeros(X.shape[1], dtype=torch.float64)
-    if not A.numel(): return A, zero, 0
-    A, e = _middling(A)
+    A, e = _middling(X.double())
+    if not A.numel(): return A, X.new_zeros(X.shape[1], dtype=torch.float64), 0
     shift = A[0].clone()
     rest = A - shift
     mean = rest.mean(0)
-    return (rest.sub_(mean) if center else A), shift + mean, e
+    rest, again = _middling(rest.sub_(mean)) if center else (A, 0)
+    return rest, _times(shift + mean, e), e + again
 
 # %% ../nbs/14_spectral.ipynb #5bdfd640
 def _solve(solver: str, A: torch.Tensor) -> tuple[np.ndarray, str]: # values in float64, and a note if it took a second attempt
@@ -180,7 +188,7 @@ def spectrum(
     except np.linalg.LinAlgError as error: return Spectrum([], **about, reason=str(error))
     with np.errstate(over="ignore"): sigma = np.ldexp(sigma, e)
     if not np.isfinite(sigma).all(): return Spectrum([], **about, reason="singular values beyond the range of float64")
-    return Spectrum(sigma, **about, mean_norm=float(np.ldexp(torch.linalg.vector_norm(mean).item(), e)) if n else None, note=note)
+    return Spectrum(sigma, **about, mean_norm=_length(mean) if n else None, note=note)
 
 # %% ../nbs/14_spectral.ipynb #d65c650a
 class Conventions(NamedTuple):
@@ -892,12 +900,6 @@ def gram(self: Moments,
     if self.M2 is None: raise ValueError("no rows, and so no width: there is no matrix yet")
     return self.M2 if center else torch.addr(self.M2, self.mean, self.mean, alpha=self.n)
 
-# %% ../nbs/14a_moments.ipynb #34b78de9
-def _length(x: torch.Tensor) -> float: # of a float64 vector
-    "The length, for numbers of any size."
-    x, e = _middling(x)
-    return float(np.ldexp(torch.linalg.vector_norm(x).item(), e))
-
 # %% ../nbs/14a_moments.ipynb #49de3e91
 @patch
 def spectrum(self: Moments,
@@ -1050,7 +1052,7 @@ def _fast_moments(self: Moments, part: torch.Tensor) -> Moments: # of one chunk
     if self.shift is None: self.shift = part.double().mean(0).float()
     A = part.float() - self.shift
     with _true_float32(): product = (A.T @ A).double()
-    if not len(part) * self.d ** 2 * 1e-31 < product.diagonal().sum() < math.inf: product = _square(A.double())
+    if not len(part) * part.shape[1] ** 2 * 1e-31 < product.diagonal().sum() < math.inf: product = _square(A.double())
     mean = A.double().mean(0)
     return Moments(len(part), self.shift.double() + mean, product.addr_(mean, mean, alpha=-len(part)), fast=True)
 
