@@ -4,9 +4,11 @@ import copy
 import itertools
 import json
 import math
+import os
 import pickle
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -281,9 +283,21 @@ def test_ties_by_name_and_place(monkeypatch):
 
 def test_sampler_refuses():
     for k in (0, -1):
-        with pytest.raises(ValueError, match="at least one row"): BottomK(k)
+        with pytest.raises(ValueError, match="at least 1"): BottomK(k)
     with pytest.raises(ValueError, match="size and seed"): BottomK(3, 0).merge(BottomK(3, 1))
     with pytest.raises(ValueError, match="whole numbers"): BottomK(3).update("a", [0.5])
+    for bad in (1.5, "3", True, None, np.float64(3), [3], math.nan):
+        for make in (lambda: BottomK(bad), lambda: BottomK(3, bad), lambda: row_keys(bad, "a"), lambda: group_of("a", seed=bad), lambda: group_of("a", bad)):
+            with pytest.raises(ValueError, match="no whole number"): make()
+    with pytest.raises(ValueError, match="at least 1"): group_of("a", 0)
+    assert BottomK(np.int64(3), np.uint8(7)).update("a", range(9)).rows == BottomK(3, 7).update("a", range(9)).rows and type(BottomK(np.int64(3)).k) is int
+    assert json.dumps(BottomK(np.int64(3), np.int64(2)).update("a", np.arange(9)).to_dict()) == json.dumps(BottomK(3, 2).update("a", np.arange(9)).to_dict())
+    assert np.array_equal(row_keys(-1, "a", [3]), row_keys(2**64 - 1, "a", [3])) and np.array_equal(row_keys(np.int64(-1), "a", [3]), row_keys(-1, "a", [3]))
+    for bad, why in (([-1], "count from 0"), ([3, -2], "count from 0"), ([True], "whole numbers"), ([[1, 2]], "whole numbers"), (["1"], "whole numbers"), ([2**64], "whole numbers"), ([None], "whole numbers")):
+        for call in (lambda: row_keys(0, "a", bad), lambda: BottomK(3).update("a", bad), lambda: BottomK(3).places("a", bad)):
+            with pytest.raises(ValueError, match=why): call()
+    places = np.array([0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1], dtype=np.uint64)
+    assert len(set(row_keys(0, "a", places).tolist())) == 6 and BottomK(6).update("a", places).places("a", places).min() == 0
     assert len(BottomK(3)) == 0 and BottomK(3).places("a", [1]).tolist() == [-1] and BottomK(3).update("a", np.array([], int)).rows == []
     assert BottomK(3).update(7, 1).rows == BottomK(3).update("7", 1).rows
     assert BottomK(3).update("\ud800\x1b[31m", 1).rows[0][1] == "\ud800\x1b[31m"
@@ -293,6 +307,9 @@ def test_splitmix64_is_the_published_one():
     "The first five numbers of the generator for the seed 1234567; its state moves by the golden gamma."
     gamma, seen = 0x9E3779B97F4A7C15, (6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821)
     assert splitmix64(np.array([(1234567 + j * gamma) % 2**64 for j in range(5)], dtype=np.uint64)).tolist() == list(seen)
+    for x in (0, 1, -1, -(2**63), 2**63 - 1): assert int(splitmix64(x)) == int(splitmix64(np.uint64(x % 2**64)))  # two's complement
+    for bad in (0.5, True, "1", 2**64, [-1, 2**63], None, 1j):
+        with pytest.raises(ValueError, match="integers up to 64 bits"): splitmix64(bad)
     bits = np.array([bin(int(x)).count("1") for x in row_keys(0, "a", np.arange(4000)) ^ row_keys(1, "a", np.arange(4000))])
     assert abs(bits.mean() - 32) < 0.3
 
@@ -373,8 +390,11 @@ def test_fit_of_few_ranks():
     assert reasons(alpha_req, of_eigenvalues(l[:5]))[0] is None
     assert reasons(alpha_req, of_eigenvalues(l), fit=(1, 5))[0] is None
     assert alpha_req(of_eigenvalues(np.ones(50))).r2 is None and alpha_req(of_eigenvalues(np.ones(50))).alpha == 0
-    for bad in ((0, 5), (5, 4), (1.5, 20), (-3, 20)):
+    for bad in ((0, 5), (5, 4), (1.5, 20), (-3, 20), (1, math.inf), (-math.inf, 5), 5, (12, math.nan), "ab", "12", (), (1,), (1, 2, 3), (None, 20), (1, None), (1, "20"), (1j, 3), ([1], [20]), object(), (np.ones(2), 9)):
         with pytest.raises(ValueError, match="counted from 1"): alpha_req(of_eigenvalues(l), fit=bad)
+        with pytest.raises(ValueError, match="counted from 1"): plot_spectrum(of_eigenvalues(l), fit=bad)
+        with pytest.raises(ValueError, match="counted from 1"): Preset("mine", True, "sigma", fit=bad)
+    for good in ([2, 20], (2.0, np.int32(20)), np.array([2, 20])): assert alpha_req(of_eigenvalues(l), fit=good).conventions.fit == (2, 20)
     assert alpha_req(of_eigenvalues(np.arange(1.0, 3001) ** -1), "reptrix", fit=(5, 2900)).fit_hi == 2048
 
 
@@ -432,6 +452,45 @@ def test_numpy_bfloat16():
     there = Z.float().numpy().astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(spectrum(there).sigma, spectrum(Z).sigma)
     assert spectrum(there).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_float8(name):
+    "As the same numbers in float64, whose bits numpy reads from a table; the name is kept."
+    dtype, mantissa = getattr(torch, name), 3 if "e4m3" in name else 2
+    Z = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 8))).to(dtype)
+    bits = Z.view(torch.uint8).numpy().astype(int)
+    exponent, fraction = (bits & 127) >> mantissa, (bits & ((1 << mantissa) - 1)) / (1 << mantissa)
+    bias = (7 if mantissa == 3 else 15) + ("uz" in name)
+    full = np.where(bits & 128, -1.0, 1.0) * np.where(exponent > 0, (1 + fraction) * 2.0 ** (exponent - bias), fraction * 2.0 ** (1 - bias))
+    for f in (rankme, effective_rank, anisotropy, prompt_entropy, lambda X: lidar(X, np.arange(40) // 4), lambda X: lidar(X.reshape(10, 4, 8)), lambda X: rankme(Moments().update(X)), lambda X: rankme(TriangularMoments().update(X))):
+        close(f(Z), f(full), 1e-12)
+        assert f(Z).conventions.dtype == name
+    close(rankme(Moments().update(Z, fast=True)), rankme(full), 1e-5)
+    assert torch.equal(Z.view(torch.uint8), torch.from_numpy(bits.astype(np.uint8)))
+    Z.view(torch.uint8)[3, 3] = 128 if "uz" in name else 127  # NaN
+    assert spectrum(Z).reason == "1 of 40 rows hold numbers that are not finite" and reasons(anisotropy, Z)[0] is None and reasons(lidar, Z, np.arange(40) // 4)[0] is None
+    with pytest.raises(ValueError, match="1 of 40 rows"): Moments().update(Z)
+
+
+def test_numpy_float8():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    Z = np.random.default_rng(0).normal(size=(40, 8)).astype(ml_dtypes.float8_e4m3fn)
+    assert spectrum(Z).dtype == "float8_e4m3fn" and np.array_equal(spectrum(Z).sigma, spectrum(Z.astype(np.float64)).sigma)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sparse(layout, dtype):
+    full = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 8)) * (np.random.default_rng(1).random((40, 8)) < 0.3)).to(dtype)
+    with warnings.catch_warnings(action="ignore"): Z = getattr(full, layout)()  # torch calls its own layouts a prototype
+    for f in (rankme, anisotropy, prompt_entropy, explain_conventions, lambda X: lidar(X, np.arange(40) // 4), lambda X: rankme(Moments().update(X)), lambda X: rankme(TriangularMoments().update(X))): assert f(Z) == f(full)
+    assert spectrum(Z).dtype == str(dtype).removeprefix("torch.") and Z.layout == getattr(full, layout)().layout
+    if layout == "to_sparse": assert lidar(full.reshape(10, 4, 8).to_sparse()) == lidar(full.reshape(10, 4, 8))
+    bad = full.clone()
+    bad[2, 1] = math.inf
+    assert spectrum(getattr(bad, layout)()).reason == "1 of 40 rows hold numbers that are not finite"
+    with pytest.raises(ValueError, match="complex64"): spectrum(torch.ones(2, 2, dtype=torch.complex64).to_sparse())
 
 
 def test_rows_that_are_none():
@@ -512,6 +571,39 @@ def test_n90_counts():
         assert (n90(flat), n99(flat)) == (-(-r * 90 // 100), -(-r * 99 // 100))
 
 
+@pytest.mark.parametrize("several", [dict(a=np.ones((3, 2))), dict(a=np.zeros((0, 2)), b=np.ones((1, 4)), c=np.zeros((3, 0))), np.full((3, 2), math.nan), Moments()], ids=["one", "three", "nan", "moments"])
+def test_a_picture_without_a_spectrum(several):
+    fig = plot_spectrum(several)
+    fig.canvas.draw()
+    told = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+    assert len(told) == (len(several) if isinstance(several, dict) else 1)
+    plt.close(fig)
+    for text, Z in zip(told, several.values() if isinstance(several, dict) else [several]): assert text.endswith(Z.spectrum().reason if isinstance(Z, Moments) else spectrum(Z).reason)
+
+
+def test_a_picture_of_nothing():
+    before = plt.get_fignums()
+    with pytest.raises(ValueError, match="no spectra to draw"): plot_spectrum({})
+    for bad in (dict(fit=(5, 2)), dict(preset="garrido"), dict(spectra=np.ones(3))):
+        with pytest.raises(ValueError): plot_spectrum(**dict(spectra=np.eye(3)) | bad)
+    assert plt.get_fignums() == before  # no figure is left open behind an error
+    fig = plot_spectrum(dict(a=np.ones((3, 2)), b=np.eye(3)))
+    fig.canvas.draw()
+    assert fig.axes[0].get_xscale() == fig.axes[0].get_yscale() == "log"
+    plt.close(fig)
+
+
+def test_a_small_difference_in_large_rows():
+    "One column that never moves, and one that moves far below its size: its squares are 0, and its differences are not."
+    for small in (1e-150, 1e-160, 1e-200, 1e-300):
+        Z = np.stack([np.ones(6), small * np.arange(6.0)], axis=1)
+        for method in ROUTES:
+            s = spectrum(Z, method=method)
+            assert s.reason is None and s.rank == 1
+            close(s.sigma[0] / small, math.sqrt(17.5), 1e-12)  # Σ (i - 2.5)² over 0..5
+        close(s.mean_norm, 1.0, 1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------- numbers with conventions
 
 
@@ -526,6 +618,62 @@ def test_metric_is_a_float():
     assert Moments().update(torch.from_numpy(Z).bfloat16()).update(Z).dtype == "bfloat16+float64"
     assert rankme(Moments().update(Z)).conventions.method == "gram" and rankme(TriangularMoments().update(Z)).conventions.method == "qr"
     for f in (effective_rank, participation_ratio, stable_rank, top1_share, mean_norm2_share, n90, n99, anisotropy, prompt_entropy): assert isinstance(f(Z).conventions, Conventions)
+
+
+def test_errors_of_a_fit_and_nulls_are_metrics():
+    "Floats to everybody who wants a float, with conventions for those who ask."
+    Z = rows_with(np.arange(1.0, 121) ** -1.1, 300) + 0.01 * np.random.default_rng(0).normal(size=(300, 120))
+    fit = alpha_req(Z, "reptrix")
+    for m, name in ((fit.alpha, "alpha"), (fit.r2, "alpha_r2"), (fit.stderr, "alpha_stderr")):
+        assert m.name == name and m.conventions == fit.conventions and m.conventions.fit == (11, 100) and m.conventions.preset == "reptrix"
+    assert pickle.loads(pickle.dumps(fit)) == fit and copy.deepcopy(fit).stderr.conventions == fit.conventions
+    assert metrics_row(Z, preset="reptrix")["alpha_r2"].name == "alpha_r2"
+    for weights, method in (("lambda", "closed form"), ("sigma", "Marchenko-Pastur")):
+        for centered in (True, False):
+            null = isotropic_null(np.int64(300), 120, weights, centered)
+            assert null.name == "isotropic_null" and null.conventions == Conventions("isotropic Gaussian rows", weights, centered, n=300, d=120, method=method)
+            again = pickle.loads(pickle.dumps(null))
+            assert again == null and again.conventions == null.conventions and json.dumps([null, null.conventions._asdict()]).startswith(f"[{float(null)!r}, ")
+    assert type(isotropic_null(9, 4) + 1) is float and sorted([isotropic_null(9, 4), 1.0])[0] == 1.0
+    close(isotropic_null(9, 4, centered=False), 4 * math.exp(-4 / 18), 1e-15)
+
+
+MISSING = {
+    "no rows": np.zeros((0, 5)),
+    "one row": np.ones((1, 5)),
+    "equal": np.ones((9, 5)),
+    "no width": np.zeros((9, 0)),
+    "short": np.random.default_rng(0).normal(size=(8, 5)),
+    "flat": Spectrum(np.ones(40), n=99, d=40),
+    "uncentred": Spectrum([2.0], n=1, d=2, centered=False),
+    "no mean": Spectrum([2.0, 1.0], n=9, d=2),
+    "a reason from outside": Spectrum([], n=9, d=2, reason="the solver gave up"),
+    "not finite": np.array([[1.0, math.nan]] * 3),
+    "far too large": Spectrum([1e200, 1e199], n=9, d=2),
+    "far too small": Spectrum([1e-200, 1e-201], n=9, d=2),
+    "all there": rows_with(np.arange(1.0, 121) ** -1, 300),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_every_missing_number_has_a_reason(name):
+    for both in (False, True):
+        row = metrics_row(MISSING[name], both=both)
+        assert set(row["reason"]) == {k for k, v in row.items() if v is None}
+        assert all(isinstance(x, str) and x not in ("", "undefined") for x in row["reason"].values())
+        assert list(row)[-3:] == ["isotropic_null", "isotropic_null_rankme", "reason"]
+        for weights, key in (("lambda", "isotropic_null"), ("sigma", "isotropic_null_rankme")): assert row[key] == isotropic_null(row["n_rows"], {"no width": 0}.get(name, {"flat": 40, "all there": 120}.get(name, 5 if isinstance(MISSING[name], np.ndarray) and name != "not finite" else 2)), weights, name != "uncentred")
+        json.dumps(row, allow_nan=False)
+    assert (name == "all there") == (not row["reason"])
+
+
+def test_reasons_say_what_is_the_matter():
+    why = {k: metrics_row(v)["reason"] for k, v in MISSING.items()}
+    assert why["flat"]["alpha_r2"] == "a flat spectrum has nothing to explain" and "alpha" not in why["flat"] and "alpha_stderr" not in why["flat"]
+    for key in ("alpha", "alpha_r2", "alpha_stderr", "fit_lo", "fit_hi", "n_fit", "fit_truncated"): assert "a fit needs 10" in why["short"][key]
+    for key in ("isotropic_null", "isotropic_null_rankme", "trace", "rankme_norm", "effective_rank_norm"): assert why["one row"][key] == "a single row"
+    assert why["no mean"]["mean_norm2_share"] == "the mean row is not known" and set(why["a reason from outside"].values()) == {"the solver gave up"}
+    assert why["far too large"]["trace"] == "trace lies beyond the range of float64" and why["far too small"]["trace"] == "trace lies below the range of float64"
 
 
 def test_saved_spectrum_says_the_same():
@@ -556,6 +704,13 @@ def test_explanation():
     evil = explain_conventions(Z, [Preset("<script>\x1b[31m", True, "sigma")])
     assert "<script>" not in evil._repr_html_() and "\x1b" not in repr(evil) and "\x1b" not in evil._repr_html_()
     with pytest.raises(ValueError, match="unknown"): explain_conventions(Z, ["nobody"])
+    assert [r["preset"] for r in explain_conventions(Z, "garrido").rows] == ["garrido"] and explain_conventions(Z, "garrido").rows == explain_conventions(Z, PRESETS["garrido"]).rows
+    assert [r["preset"] for r in explain_conventions(Z, (p for p in ("stringer", Preset("mine", True, None, fit=(1, 50))))).rows] == ["stringer", "mine"]
+    for none in ([], (), "", {}):
+        with pytest.raises(ValueError, match="unknown" if none == "" else "no preset to explain"): explain_conventions(Z, none)
+    for odd in ([5], [["garrido"]], [None]):
+        with pytest.raises(ValueError, match="unknown"): explain_conventions(Z, odd)
+    with pytest.raises(ValueError, match="unknown"): rankme(Z, ["garrido"])
     made = explain_conventions(Moments().update(Z))
     for a, b in zip(made.rows, table.rows): assert a["rankme"] is None or a["rankme"] == pytest.approx(b["rankme"], rel=1e-9)
     only = explain_conventions(spectrum(Z, center=False))
@@ -688,6 +843,107 @@ def test_bad_rows_leave_the_state_alone():
     with pytest.raises(ValueError, match="no states"): union([])
 
 
+def same(a, b):
+    "Whether two states agree in every field, to the bit."
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x is None and y is None or not isinstance(x, torch.Tensor) and x == y for x, y in ((getattr(a, k), getattr(b, k)) for k in a.__dataclass_fields__))
+
+
+@pytest.mark.parametrize("begun", [False, True, "empty", "fast"])
+def test_refusals_leave_no_trace(begun):
+    for kind in (Moments, TriangularMoments):
+        if begun == "fast" and kind is TriangularMoments: continue
+
+        def made():
+            state = kind()
+            if begun == "fast": return state.update(torch.eye(3), fast=True)
+            return state.update(np.eye(3)[: 0 if begun == "empty" else 3]) if begun else state
+
+        state = made()
+        bad = [([[1.0, np.inf, 0]], False), (np.ones(3), False), ([["a", "b", "c"]], False), (np.ones((2, 3)) * 1j, False)] + ([(np.ones((2, 4)), False)] if begun else [])
+        if kind is Moments: bad += [(np.ones((2, 3)), True), (torch.ones(2, 3, dtype=torch.int64), True), (torch.full((2, 3), math.nan), True), (np.zeros((0, 3)), True)] + ([(torch.ones(2, 4), True)] if begun else [])
+        for rows, fast in bad:
+            with pytest.raises(ValueError): state.update(rows, fast) if fast else state.update(rows)
+            assert same(state, made())
+        assert state.update(np.ones((2, 3))).n == 2 + 3 * (begun in (True, "fast"))
+
+
+SMALL = "second moments below the range of float64: scale the rows up"
+
+
+@pytest.mark.parametrize("c", [10.0**-k for k in (100, 130, 140, 144, 148, 152, 155, 158, 160, 162, 165, 170, 200, 300)])
+def test_rows_too_small_to_be_squared(c):
+    "A spectrum that is right, or a reason that is; never rows that pass for equal, or numbers made of what was left."
+    Z = rows_with(np.arange(1.0, 13) ** -1, 60, mean=1.0)
+    truth = metrics_row(Z)
+    parts = [Moments().update(b * c) for b in np.array_split(Z, 4)]
+    states = {"once": Moments().update(Z * c), "blocks": union(parts), "rows": union(Moments().update(Z[i : i + 1] * c) for i in range(60)), "back": union(parts[::-1])}
+    for s in (x.spectrum(center) for x in states.values() for center in (True, False)):
+        assert s.reason in (None, SMALL) and (c > 1e-147 or s.reason) and (c < 1e-145 or not s.reason)
+        if s.reason is None: np.testing.assert_allclose(s.sigma / c, spectrum(Z, s.centered).sigma, rtol=1e-9)
+        row = metrics_row(s)
+        for name in ("rankme", "effective_rank", "mean_norm2_share"): assert (row[name] is None and row["reason"][name] == SMALL) if s.reason else not s.centered or row[name] == pytest.approx(float(truth[name]), rel=1e-9)
+    exact = [TriangularMoments().update(Z * c), union(TriangularMoments().update(b * c) for b in np.array_split(Z, 4))]
+    for s in (x.spectrum(center) for x in exact for center in (True, False)):
+        np.testing.assert_allclose(s.sigma / c, spectrum(Z, s.centered).sigma, rtol=1e-9)
+        close(s.mean_norm / c, np.linalg.norm(Z.mean(0)), 1e-12)
+    assert exact[0].to_moments().spectrum().reason in (None, SMALL) and (c > 1e-147 or exact[0].to_moments().spectrum().reason)
+    for some in (parts, [TriangularMoments().update(b * c) for b in np.array_split(Z, 4)]):
+        share, why = reasons(between_share, some)
+        assert why == [SMALL] if share is None else abs(share - between_share([Moments().update(b) for b in np.array_split(Z, 4)])) < 1e-9
+
+
+def test_small_beside_large():
+    "What is too small to be squared does not count beside what is not; and equal rows stay equal."
+    big, small = rows_with([3.0, 2, 1], 50), 1e-170 * rows_with([1.0, 2, 3], 50, seed=1)
+    for states in ([Moments().update(big), Moments().update(small)], [Moments().update(small), Moments().update(big)]):
+        for state in (union(states), states[0].copy().update(small)):
+            if state.n == 100 and state.spectrum().reason is None: np.testing.assert_allclose(union(states).spectrum().sigma, spectrum(np.concatenate([big, small])).sigma, rtol=1e-9)
+    assert Moments().update(big).update(small).spectrum().reason is None and Moments().update(small).update(big).spectrum().reason is None
+    apart = [Moments().update(np.full((4, 3), x)) for x in (1e-170, 3e-170)]  # each of equal rows; they differ from each other
+    assert [s.spectrum().reason for s in apart] == ["all rows are equal"] * 2
+    assert union(apart).spectrum().reason == apart[0].copy().update(np.full((2, 3), 5e-170)).spectrum().reason == SMALL
+    assert apart[0].merge(Moments().update(np.full((9, 3), 1e-170))).spectrum().reason == "all rows are equal"
+    column = np.stack([np.ones(9), 1e-170 * np.arange(9)], axis=1)  # large rows, of which only something tiny moves
+    assert Moments().update(column).spectrum().reason == SMALL and Moments().update(column).spectrum(center=False).rank == 1
+    assert Moments().update(np.zeros((4, 3))).spectrum(center=False).reason == "all rows are zero"
+    assert Moments().update(np.full((4, 3), 1e-170)).spectrum(center=False).reason == SMALL
+    assert reasons(between_share, apart) == (None, [SMALL]) and reasons(between_share, apart[:1]) == (None, ["all rows are equal"])
+    for dtype in (torch.float32, torch.bfloat16):  # the smallest numbers of these still have squares
+        s = Moments().update((torch.from_numpy(big) * 1e-37).to(dtype)).spectrum()
+        assert s.reason is None and s.rank == 3
+
+
+def test_marks_survive_the_disk(tmp_path):
+    save_moments(tmp_path / "m", {"tiny": Moments().update([[0.0], [1e-170]]), "equal": Moments().update([[1.0], [1.0]])})
+    back, _ = load_moments(tmp_path / "m")
+    assert (back["tiny"].spectrum().reason, back["equal"].spectrum().reason) == (SMALL, "all rows are equal")
+
+
+def test_no_second_look_at_short_dtypes(monkeypatch):
+    "Equal rows of float32 and bfloat16 cost nothing more; those of float64 are looked at once more, and only while nothing differs."
+    seen = []
+    monkeypatch.setattr(Moments, "_mark", lambda self, rest: seen.append(len(rest)))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16): Moments().update(torch.ones(9, 2, dtype=dtype)).absorb(Moments().update(torch.zeros(3, 2, dtype=dtype)))
+    assert not seen
+    Moments().update(np.ones((9, 2)))
+    assert seen == [10]
+
+
+@pytest.mark.parametrize("c", [1e-37, 1e-30, 1e-20, 1e-15, 1e15, 1e20, 1e30])
+def test_fast_path_far_from_one(c):
+    "Products that leave the range of float32 are made in float64."
+    Z = torch.from_numpy(rows_with(np.arange(1.0, 13) ** -1, 60, mean=1.0)).float()
+    s = Moments().update(Z * c, fast=True).spectrum()
+    np.testing.assert_allclose(s.sigma, spectrum(Z * c).sigma, rtol=1e-4)
+    assert s.method == "gram-fp32" and Moments().update(torch.full((9, 3), c), fast=True).spectrum().reason == "all rows are equal"
+
+
+def test_no_matrix_before_the_first_rows():
+    for center in (True, False):
+        with pytest.raises(ValueError, match="no rows"): Moments().gram(center)
+        assert Moments().update(np.zeros((0, 2))).gram(center).tolist() == [[0, 0], [0, 0]]
+
+
 def test_states_do_not_share_memory():
     for kind in (Moments, TriangularMoments):
         a, b = kind().update(np.eye(3)), kind().update(2 * np.eye(3))
@@ -742,6 +998,21 @@ def test_a_failed_save_leaves_the_old_file(saved):
     before = path.read_bytes()
     for bad in (object(), math.nan):
         with pytest.raises((TypeError, ValueError)): save_moments(path, states, {"x": bad})
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
+
+
+def test_on_the_disk_before_it_takes_the_name(saved, monkeypatch):
+    path, states = saved
+    order, sync, move, before = [], os.fsync, os.replace, path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.fstat(fd).st_ino), sync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(("replace", os.stat(a).st_ino)), move(a, b))[1])
+    save_moments(path, states, {"rows": 50})
+    assert order == [path.stat().st_ino, ("replace", path.stat().st_ino)] and path.read_bytes() == before  # this very file, in this order
+
+    def full(fd): raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"): save_moments(path, {}, {})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
 
 
@@ -829,7 +1100,27 @@ def test_jackknife_undefined():
     got = jackknife([one, Moments().update(np.eye(4))], {"alpha": alpha_req, "rankme": rankme})
     assert got["alpha"].value is None and "needs 10" in got["alpha"].reason and got["rankme"].se is not None
     flat = jackknife([one, Moments().update(np.ones((1, 4)))], rankme)
-    assert flat.value is not None and flat.se is None and flat.reason == "a single row"
+    assert flat.value is not None and flat.se is None and flat.reason == "undefined where one of the 2 groups is left out: a single row"
+
+
+@pytest.mark.parametrize("level", [0, 1, 1.5, -0.1, math.nan, math.inf])
+def test_jackknife_level(level):
+    for parts in ([], [Moments().update(np.eye(4))], [Moments().update(np.eye(4))] * 3):
+        with pytest.raises(ValueError, match="between 0 and 1"): jackknife(parts, rankme, level=level)
+
+
+def test_jackknife_says_which_part_is_undefined():
+    rng = np.random.default_rng(0)
+    parts = [Moments().update(rng.normal(size=(n, 14))) for n in (12, 2, 2)]  # without the first, three directions are left
+    got = jackknife(parts, {"alpha": lambda s: alpha_req.__wrapped__(s, fit=(1, 12)), "rankme": rankme})
+    assert got["alpha"].value is not None and got["alpha"][1:4] == (None, None, None) and got["alpha"].groups == 3
+    assert got["alpha"].reason == "undefined where one of the 3 groups is left out: 3 points in ranks 1..12 of a spectrum of rank 3: a fit needs 10" and got["rankme"].reason is None
+    low = jackknife(parts, {"alpha": alpha_req})["alpha"]
+    assert low.value is None and low.reason == "3 points in ranks 12..100 of a spectrum of rank 14: a fit needs 10"  # of all rows, not of a part
+    for nothing in (None, math.nan, math.inf):
+        mine = jackknife(parts, lambda s: 1.0 if s.n == 16 else nothing)
+        assert mine == (1.0, None, None, None, 3, "undefined where one of the 3 groups is left out")
+        assert jackknife(parts, lambda s: nothing) == (None, None, None, None, 3, "the metric is undefined")
 
 
 def test_t_quantiles():
@@ -864,6 +1155,88 @@ def test_lidar_against_the_definition():
     with pytest.raises(ValueError, match="3 objects for 45 rows"): lidar(Z.reshape(45, 12), [1, 2, 3])
     assert reasons(lidar, np.ones((4, 3, 2)))[0] is None and reasons(lidar, Z[:1])[0] is None and reasons(lidar, Z[:0])[0] is None
     assert reasons(lidar, np.full((4, 3, 2), np.nan))[0] is None
+
+
+def lidar_by_hand(Z, delta):
+    "The definition with eighty digits: no rounding to speak of, whatever delta is beside the rows."
+    mp = pytest.importorskip("mpmath").mp.clone()
+    mp.dps = 80
+    k, v, d = Z.shape
+    X = [[[mp.mpf(float(x)) for x in row] for row in of] for of in Z]
+    means = [[sum(of[i][j] for i in range(v)) / v for j in range(d)] for of in X]
+    middle = [sum(m[j] for m in means) / k for j in range(d)]
+    between = mp.matrix(d, d)
+    within = mp.matrix(d, d)
+    for a, b in itertools.product(range(d), repeat=2):
+        between[a, b] = sum((m[a] - middle[a]) * (m[b] - middle[b]) for m in means) / k
+        within[a, b] = sum((row[a] - m[a]) * (row[b] - m[b]) for of, m in zip(X, means) for row in of) / (k * v) + (mp.mpf(delta) if a == b else 0)
+    inverse = mp.inverse(mp.cholesky(within))
+    l = [x for x in mp.eigsy(inverse * between * inverse.T, eigvals_only=True) if x > 0]
+    return float(mp.exp(-sum(x / sum(l) * mp.log(x / sum(l)) for x in l if x / sum(l) > mp.mpf(10) ** -40)))
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-8, 1.0, 1e4, 1e8, 1e11, 1e16])
+@pytest.mark.parametrize("delta", [1e-4, 1e-8])
+def test_lidar_of_rows_of_any_size(scale, delta):
+    "A number that is right, or a reason; the squares of these rows swallow delta long before rounding does."
+    rng = np.random.default_rng(0)
+    few_views, many = rng.normal(size=(3, 2, 5)) * scale, (rng.normal(size=(3, 20, 3)) + rng.normal(size=(3, 1, 3))) * scale
+    for Z in (few_views, many, many * [1, 1, 0] + few_views[0, 0, 0]):
+        found, why = reasons(lidar, Z, delta=delta)
+        if found is None: assert why == ["rounding of rows this long swamps delta: take a larger delta, or scale the rows down"] and scale * 1e-16 > 1e-6 * math.sqrt(delta)
+        else: close(found, lidar_by_hand(Z, delta), 1e-8)
+    assert lidar(many, delta=delta) is not None  # the views fill all directions, so delta does not matter
+    if (scale, delta) == (1e8, 1e-4): assert lidar(few_views, delta=delta) is not None
+
+
+@pytest.mark.parametrize("k", [-450, -400, -340, -300, -100, -1, 1, 100, 300, 340, 400, 450])
+def test_lidar_scales_with_delta(k):
+    "Rows by a power of two, δ by its square: the same number, where rows are rescaled inside (beyond 1e±100) as well."
+    rng, c = np.random.default_rng(1), 2.0**k
+    for Z in (rng.normal(size=(4, 3, 9)), rng.normal(size=(3, 40, 4)) + rng.normal(size=(3, 1, 4))):
+        for delta in (1e-4, 1e-8, 3.0): close(lidar(Z * c, delta=delta * c * c), lidar(Z, delta=delta), 1e-12)
+
+
+def test_lidar_at_the_ends():
+    Z = np.random.default_rng(2).normal(size=(4, 3, 9))
+    only_delta = metrics_row(spectrum(Z.mean(1)))["effective_rank"]  # S_w = δI: the entropy of the means' own scatter
+    for c, delta in ((1e-300, 1e-4), (1e-300, 1e300), (1e-200, 1.0), (1e-90, 1e300), (1.0, 1e30)): close(lidar(Z * c, delta=delta), only_delta, 1e-12)
+    for c in (1e150, 1e200, 1e300): assert reasons(lidar, Z * c)[1] == ["rounding of rows this long swamps delta: take a larger delta, or scale the rows down"]
+    for delta in (0, -1, math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="above 0, and finite"): lidar(Z, delta=delta)
+    assert reasons(lidar, Z[:1]) == (None, ["a single object"]) and reasons(lidar, Z[:, :, :0]) == (None, ["rows without a width"])
+    for same_means in (np.ones((4, 3, 2)), Z - Z.mean(1, keepdims=True), 1e8 + np.zeros((4, 3, 2))): assert reasons(lidar, same_means) == (None, ["all objects have the same mean, up to rounding"])
+    close(lidar(np.eye(4)[:, None, :]), 3.0, 1e-12)  # one view of each: nothing but delta
+
+
+def test_lidar_when_a_solver_fails(monkeypatch):
+    def broken(solver, A): raise np.linalg.LinAlgError("svdvals failed in torch and in numpy")
+
+    monkeypatch.setattr(spectral, "_solve", broken)
+    assert reasons(lidar, np.random.default_rng(0).normal(size=(4, 3, 9))) == (None, ["svdvals failed in torch and in numpy"])
+
+
+@pytest.mark.parametrize("order", [1e-3, 0.5, 0.89, 0.91, 1 - 1e-9, 1 + 1e-15, 1 + 1e-9, 1.09, 1.11, 2, 50, 2000, 1e6, 1e300])
+def test_renyi_of_any_order(order):
+    "With two hundred digits; at large orders it comes down to -ln of the largest share."
+    mp = pytest.importorskip("mpmath").mp.clone()
+    mp.dps = 200
+    for p in (np.ones(10) / 10, np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.5 - 2.0**-40, 2.0**-40]), np.array([1.0, 0.0])):
+        x = [mp.mpf(float(v)) for v in p if v]
+        x = [v / sum(x) for v in x]
+        a = mp.mpf(order)
+        close(spectral._renyi(p, order), wanted := float(mp.log(sum(v**a for v in x)) / (1 - a)), 1e-9) if len(x) > 1 else None
+        if order >= 1e6: assert abs(spectral._renyi(p, order) + math.log(p[0])) < 2e-6
+    assert spectral._renyi(np.array([1.0, 0.0]), order) == 0
+
+
+def test_prompt_entropy_of_extreme_orders():
+    Z = np.random.default_rng(0).normal(size=(9, 30))
+    at = [float(prompt_entropy(Z, order)) for order in (0.1, 0.5, 0.9, 0.999999, 1, 1.000001, 1.1, 2, 10, 100, 2000, 1e9, math.inf)]
+    assert at == sorted(at, reverse=True)  # Rényi's entropies fall with the order
+    close(at[-2], at[-1], 1e-6)
+    for bad in (math.nan, -1, 0, -math.inf):
+        with pytest.raises(ValueError, match="order above 0"): prompt_entropy(Z, order=bad)
 
 
 def test_prompt_entropy_against_the_definition():
@@ -904,7 +1277,8 @@ def test_isotropic_null_edges():
     assert isotropic_null(0, 5) is isotropic_null(1, 5) is isotropic_null(5, 0) is None
     close(isotropic_null(2, 1), math.exp(-0.5), 1e-12)
     close(isotropic_null(501, 4000), isotropic_null(4001, 500), 1e-12)
-    with pytest.raises(ValueError, match="sigma or lambda"): isotropic_null(5, 5, "x")
+    for n, d in ((5, 5), (1, 3), (0, 0), (5, 0)):
+        with pytest.raises(ValueError, match="sigma or lambda"): isotropic_null(n, d, "tau")
 
 
 # ---------------------------------------------------------------------------------------------------- large, and on a GPU

@@ -468,15 +468,15 @@ def plot_spectrum(
     fit: tuple[int, int] | None = None, # another range
 ) -> Figure: # eigenvalues relative to the first, on logarithmic axes, with the line of the fit over its ranks
     "Eigenvalues over rank, with the fit of α and its range."
-    several, drawn = spectra if isinstance(spectra, Mapping) else {"": spectra}, 0
+    several = spectra if isinstance(spectra, Mapping) else {"": spectra}
     if not several: raise ValueError("no spectra to draw: the dictionary is empty")
+    made = [(_label(str(name)), Z if isinstance(Z, Spectrum) else Z.spectrum() if hasattr(Z, "spectrum") else spectrum(Z)) for name, Z in several.items()]
+    fits = [_fit_or_none(s, preset, fit) for _, s in made]
     fig, (ax,) = _axes(title="Eigenvalues, and the ranks of the fit")
-    for i, (name, Z) in enumerate(several.items()):
-        name = _label(str(name))
-        s = Z if isinstance(Z, Spectrum) else Z.spectrum() if hasattr(Z, "spectrum") else spectrum(Z)
+    for i, (name, s) in enumerate(made):
         if s.reason: ax.plot([], [], " ", label=f"{name}: {s.reason}".strip(": "))
-        else: drawn = _draw(ax, s, name, _COLOURS[i % len(_COLOURS)], _fit_or_none(s, preset, fit)) or 1
-    scale = "log" if drawn else "linear"
+        else: _draw(ax, s, name, _COLOURS[i % len(_COLOURS)], fits[i])
+    scale = "linear" if all(s.reason for _, s in made) else "log"
     ax.set(xscale=scale, yscale=scale, xlabel="rank", ylabel="λ / λ₁")
     ax.legend(frameon=False, fontsize="small")
     return fig
@@ -638,7 +638,7 @@ def _scatter(X: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tenso
 # %% ../nbs/14_spectral.ipynb #5efa7a9f
 def _root_within(rest: torch.Tensor, delta: float, e: int) -> tuple[torch.Tensor, float]: # L [d, d], and the least scatter in any direction (as a length); both times 2**-e
     "L with LLᵀ = the scatter + δI."
-    with np.errstate(over="ignore", under="ignore"): root = min(float(np.ldexp(math.sqrt(delta), -e)), 2. ** 300)
+    with np.errstate(over="ignore", under="ignore"): root = min(float(np.ldexp(math.sqrt(delta), -e)), 2. ** 450) # rows stay below 1e100
     L = _triangle(torch.cat([_triangle(rest).cpu(), root * torch.eye(rest.shape[1], dtype=torch.float64)])).T
     return L, max(float(_solve("svdvals", L)[0].min()), root)
 
@@ -648,7 +648,7 @@ def _views(Z: Any, objects: Any) -> tuple[torch.Tensor, np.ndarray, str]: # rows
     Z = _dense(Z) if isinstance(Z, torch.Tensor) else np.asarray(Z)
     shape = tuple(Z.shape)
     if objects is None and len(shape) != 3: raise ValueError(f"rows of the shape {shape} without objects: give [objects, views, d], or say of which object each row is")
-    X, dtype = _rows(Z if objects is not None else Z.reshape(-1, shape[-1]))
+    X, dtype = _rows(Z if objects is not None else Z.reshape(shape[0] * shape[1], shape[2]))
     of = np.asarray(objects) if objects is not None else np.repeat(np.arange(shape[0]), shape[1])
     if len(of) != len(X): raise ValueError(f"{len(of):,} objects for {len(X):,} rows")
     if not len(X) or not torch.isfinite(X).all(): raise UndefinedMetric("no rows" if not len(X) else "rows hold numbers that are not finite")
