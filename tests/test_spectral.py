@@ -494,8 +494,14 @@ def test_sparse(layout, dtype):
 
 
 def test_rows_that_are_none():
-    for bad in (np.ones(3), np.ones((2, 2, 2)), np.ones((2, 2)) * 1j, np.array([["a", "b"]]), torch.ones(2, 2, dtype=torch.complex64), torch.ones(2, 2, device="meta"), 5):
+    for bad in (np.ones(3), np.ones((2, 2, 2)), np.ones((2, 2)) * 1j, np.array([["a", "b"]]), torch.ones(2, 2, dtype=torch.complex64), torch.ones(2, 2, device="meta"), 5, np.ma.masked_array(np.ones((2, 2)), np.eye(2)), torch.zeros(3, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)):
         with pytest.raises(ValueError, match="rows must be"): spectrum(bad)
+
+
+    with warnings.catch_warnings(action="ignore"): ragged = [torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=x) for x in (torch.strided, torch.jagged)]
+    for bad in ragged:
+        with pytest.raises(ValueError, match="nested"): spectrum(bad)
+    assert spectrum(np.ma.masked_array(np.eye(3), np.zeros((3, 3), bool))).rank == 2  # nothing is masked
 
 
 # ---------------------------------------------------------------------------------------------------- the edges
@@ -890,6 +896,15 @@ def test_rows_too_small_to_be_squared(c):
     for some in (parts, [TriangularMoments().update(b * c) for b in np.array_split(Z, 4)]):
         share, why = reasons(between_share, some)
         assert why == [SMALL] if share is None else abs(share - between_share([Moments().update(b) for b in np.array_split(Z, 4)])) < 1e-9
+
+
+@pytest.mark.parametrize("c", [1e160, 1e200, 1e300])
+def test_rows_too_large_to_be_squared(c):
+    Z, large = rows_with([3.0, 2, 1], 20, mean=1.0), "second moments are not finite: the rows are too large"
+    for center in (True, False):
+        assert Moments().update(Z * c).spectrum(center).reason == large
+        np.testing.assert_allclose(TriangularMoments().update(Z * c).spectrum(center).sigma / c, spectrum(Z, center).sigma, rtol=1e-9)
+    for kind in (Moments, TriangularMoments): assert reasons(between_share, [kind().update(Z[:9] * c), kind().update(Z[9:] * c)]) == (None, [large])
 
 
 def test_small_beside_large():

@@ -25,12 +25,15 @@ from .stats import _COLOURS, _axes, _label
 # %% auto #0
 __all__ = ['EPS', 'PRESETS', 'Spectrum', 'spectrum', 'Conventions', 'Metric', 'UndefinedMetric', 'stable_rank', 'participation_ratio', 'effective_rank', 'top1_share', 'n90', 'n99', 'mean_norm2_share', 'Preset', 'rankme', 'AlphaFit', 'alpha_req', 'plot_spectrum', 'Explanation', 'explain_conventions', 'isotropic_null', 'anisotropy', 'prompt_entropy', 'lidar', 'metrics_row', 'Moments', 'union', 'between_share', 'FastPathRefused', 'TriangularMoments', 'save_moments', 'load_moments', 'splitmix64', 'row_keys', 'group_of', 'BottomK', 'Interval', 'jackknife', 'METRICS', 'sensitivity', 'metrics_schema', 'spectral_metrics', 'SpectralMetrics', 'load_metrics', 'load_models', 'metrics_table', 'compare_models', 'plot_categories', 'plot_depth', 'plot_sweep', 'plot_cells', 'plot_spectra']
 
-# %% ../nbs/14_spectral.ipynb #4342027b
-def _dense(Z: torch.Tensor) -> torch.Tensor: return Z if Z.layout is torch.strided else Z.to_dense() # with the zeros that a sparse tensor does not store
+# %% ../nbs/14_spectral.ipynb #eaf9e93f
+def _dense(Z: torch.Tensor) -> torch.Tensor: # with the zeros that a sparse tensor does not store
+    if Z.is_nested or Z.is_quantized or "float4" in str(Z.dtype): raise ValueError(f"rows must be real numbers of one length, got a tensor of {Z.dtype}{' that is nested' * Z.is_nested}")
+    return Z if Z.layout is torch.strided else Z.to_dense()
 
 # %% ../nbs/14_spectral.ipynb #80b3e64b
 def _rows(Z: Any) -> tuple[torch.Tensor, str]: # the rows [n, d] where they are, and the name of their dtype
     "Rows of numpy, torch or lists as a tensor that nobody writes to; ValueError for what is no matrix of real numbers."
+    if np.ma.is_masked(Z): raise ValueError("rows must be real numbers, and some of these are masked: leave them out")
     if not isinstance(Z, torch.Tensor):
         Z = np.asarray(Z)
         name = Z.dtype.name
@@ -44,9 +47,11 @@ def _rows(Z: Any) -> tuple[torch.Tensor, str]: # the rows [n, d] where they are,
     if Z.is_complex() or Z.device.type == "meta": raise ValueError(f"rows must be real numbers, got a tensor of {name} on {Z.device.type}")
     return (Z.detach() if Z.device.type in ("cpu", "cuda") else Z.detach().cpu()), name
 
-# %% ../nbs/14_spectral.ipynb #3ac73b6c
-def _times(A: torch.Tensor, e: int) -> torch.Tensor: return torch.ldexp(torch.ldexp(A, torch.tensor(e // 2)), torch.tensor(e - e // 2)) if e else A # A times 2**e, in two steps: 2**1074 is no float64
+# %% ../nbs/14_spectral.ipynb #fec3b195
+def _times(A: torch.Tensor, e: int) -> torch.Tensor: # A times 2**e
+    return torch.ldexp(torch.ldexp(A, torch.tensor(e // 2)), torch.tensor(e - e // 2)) if e else A
 
+# %% ../nbs/14_spectral.ipynb #3ac73b6c
 def _middling(A: torch.Tensor) -> tuple[torch.Tensor, int]: # float64 A times 2**-e, and e: 0, and A itself, where its numbers are of a middling size
     "Numbers whose squares and their sums stay within float64."
     top = torch.linalg.vector_norm(A, math.inf).item() if A.numel() else 0.
@@ -162,7 +167,7 @@ def _triangle(A: torch.Tensor, block: int = 0) -> torch.Tensor: # [k, d] upper t
 def _square(A: torch.Tensor) -> torch.Tensor: # AᵀA
     "A product that is symmetric: numpy sees it, computes one half and copies it."
     if A.device.type != "cpu": return A.T @ A
-    return torch.from_numpy((a := A.numpy()).T @ a)
+    with np.errstate(over="ignore", invalid="ignore"): return torch.from_numpy((a := A.numpy()).T @ a)
 
 # %% ../nbs/14_spectral.ipynb #7c51cd7f
 def _singular(A: torch.Tensor, method: str) -> tuple[np.ndarray, str]: # values in any order, note
@@ -799,7 +804,7 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 @patch
 def _mark(self: Moments, rest: torch.Tensor) -> None: # rest: what was squared last
-    "Differences whose squares are all 0 leave the smallest number there is."
+    "Differences whose squares are all 0 leave the smallest number that keeps its digits."
     if not self.trace and rest.any(): self.M2.diagonal().fill_(_TINY)
 
 # %% ../nbs/14a_moments.ipynb #2f0860fa
@@ -874,7 +879,7 @@ def union(
     return out
 
 # %% ../nbs/14a_moments.ipynb #4cba1e09
-_LOW = "second moments below the range of float64: scale the rows up"
+_LOW, _HIGH = "second moments below the range of float64: scale the rows up", "second moments are not finite: the rows are too large"
 
 def _least(n: int, d: int) -> float: return n * d ** 2 * (_TINY / EPS) # the trace up to which lost products may show
 
@@ -888,8 +893,9 @@ def between_share(
     if n: means, weights = torch.stack([s.mean.cpu() for s in states]), torch.tensor([s.n for s in states], dtype=torch.float64)
     rest = means - means[0] if n else None
     between = (weights @ (rest - weights @ rest / n).square()).sum().item() if n else 0.
-    if between + within > _least(n, rest.shape[1] if n else 0): return between / (between + within)
-    warnings.warn(UndefinedMetric("no rows" if not n else _LOW if between + within or rest.any() else "all rows are equal"), stacklevel=2)
+    total = between + within
+    if n and _least(n, rest.shape[1]) < total < math.inf: return between / total
+    warnings.warn(UndefinedMetric("no rows" if not n else _HIGH if not math.isfinite(total) else _LOW if total or rest.any() else "all rows are equal"), stacklevel=2)
 
 # %% ../nbs/14a_moments.ipynb #11c92d0e
 @patch
@@ -909,7 +915,7 @@ def spectrum(self: Moments,
     about = dict(n=self.n, d=self.d, centered=bool(center), method=self.method, dtype=self.dtype or "float64")
     if self.n < 2: return Spectrum([], **about)
     matrix = self.gram(center)
-    if not torch.isfinite(matrix).all(): return Spectrum([], **about, reason="second moments are not finite: the rows are too large")
+    if not torch.isfinite(matrix).all(): return Spectrum([], **about, reason=_HIGH)
     if (total := matrix.diagonal().sum().item()) < _least(self.n, self.d) and (total or not center and self.mean.any()): return Spectrum([], **about, reason=_LOW)
     try: values, note = _solve("eigvalsh", matrix)
     except np.linalg.LinAlgError as error: return Spectrum([], **about, reason=str(error))
@@ -1012,7 +1018,7 @@ def spectrum(self: TriangularMoments,
     about = dict(n=self.n, d=self.d, centered=bool(center), method=self.method, dtype=self.dtype or "float64")
     if self.n < 2: return Spectrum([], **about)
     matrix = self.R if center else _stack(self.R, self.mean * math.sqrt(self.n))
-    if not torch.isfinite(matrix).all(): return Spectrum([], **about, reason="second moments are not finite: the rows are too large")
+    if not torch.isfinite(matrix).all(): return Spectrum([], **about, reason=_HIGH)
     matrix, e = _middling(matrix)
     try: values, note = _solve("svdvals", matrix)
     except np.linalg.LinAlgError as error: return Spectrum([], **about, reason=str(error))
