@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,12 @@ from safetensors.torch import load_file, save_file
 from tracebook import spectral
 from tracebook.extract import HiddenStates
 from tracebook.spectral import *
+
+@pytest.fixture(autouse=True)
+def no_figures():
+    yield
+    plt.close("all")
+
 
 few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 POOLS = ("all", "mean", "first", "last")
@@ -69,12 +76,11 @@ def a_folder(path, seed=0, d=7, dtype=torch.float32, cuts=None, **more):
 
 
 def brute(matrix, samples, bins):
-    "Rows of every cell of every pooling, selected one step and one token at a time: {(pool, file, kind, group, bin): rows}."
+    "Rows of every cell of every pooling, selected one step and one token at a time: {(pool, file, kind, segment, group, bin): rows}."
     Z, out = matrix.double().numpy(), {}
     def put(pool, row, macro, segment, b, micro):
-        for key in [("basic_metrics", "global", "global", None), ("basic_metrics", "macro", macro, None), ("basic_metrics", "micro", micro, None), ("depth_profile", "global", "global", b), ("depth_profile", "macro", macro, b)]:
-            out.setdefault((pool, *key), []).append(row)
-        if segment is not None: out.setdefault((pool, "basic_metrics", "segments", segment, None), []).append(row)
+        kinds = [("global", None, "global"), ("macro", None, macro), *([("segments", segment, segment), ("segments_macro", segment, macro)] if segment is not None else [])]
+        for key in [("basic_metrics", "micro", None, micro, None), *(("basic_metrics", *k, None) for k in kinds), *(("depth_profile", *k, b) for k in kinds)]: out.setdefault((pool, *key), []).append(row)
     for x in samples:
         T, base = x["num_tokens"], x["global_offset"]
         for s in x["steps"]:
@@ -97,7 +103,7 @@ def by_numpy(Z):
     return {"rankme": H(s), "effective_rank": H(l), "stable_rank": l.sum() / l[0], "participation_ratio": l.sum() ** 2 / (l**2).sum(), "trace": l.sum() / (len(Z) - 1)}
 
 
-def entries(m): return {(pool, *(at[k] for k in ("file", "kind", "group", "bin"))): e for pool in m.pools for at, e in m.entries(pool) if at["count"] is None}
+def entries(m): return {(pool, *(at[k] for k in ("file", "kind", "segment", "group", "bin"))): e for pool in m.pools for at, e in m.entries(pool) if at["count"] is None}
 
 
 def texts(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
@@ -113,7 +119,7 @@ def same_numbers(a, b, rel=1e-9):
     for k in a: assert a[k] == pytest.approx(b[k], rel=rel, abs=1e-9), k
 
 
-def run(source, out, **more): return spectral_metrics(source, out, progress=False, **({"n_bins": 4} | more))
+def run(source, out, **more): return spectral_metrics(source, out, progress=False, **({"n_bins": 4, "intervals": ()} | more))
 
 
 def valid(m):
@@ -138,7 +144,7 @@ def test_every_cell(tmp_path, d, length, dtype, bins):
         assert e["n_rows"] == len(Z)
         if len(Z) < 2 or e["rank"] == 0: assert e["rankme"] is None and e["reason"]["rankme"]; continue
         for name, value in by_numpy(Z).items(): assert e[name] == pytest.approx(value, rel=1e-8), (key, name)
-        if key[1] == "basic_metrics":
+        if key[1] == "basic_metrics" and key[2] != "segments_macro":
             s = np.linalg.svd(Z, compute_uv=False)
             p = s / s.sum() + 1e-7
             assert e["rankme_garrido"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-7)
@@ -146,7 +152,7 @@ def test_every_cell(tmp_path, d, length, dtype, bins):
             assert e["mean_norm2_share"] == pytest.approx(n / (n + ((Z - Z.mean(0)) ** 2).sum()), rel=1e-8)
     counts = m["all"]["basic_metrics"]["counts"]
     assert counts["empty_steps"] == sum(s["token_start"] == s["token_end"] for x in samples for s in x["steps"])
-    assert counts["unannotated_tokens"] == len(matrix) - len(want["all", "basic_metrics", "global", "global", None])
+    assert counts["unannotated_tokens"] == len(matrix) - len(want["all", "basic_metrics", "global", None, "global", None])
     macros = [Z for k, Z in want.items() if k[:3] == ("all", "basic_metrics", "macro")]
     within = sum(((Z - Z.mean(0)) ** 2).sum() for Z in macros)
     whole = np.concatenate(macros)
@@ -159,7 +165,7 @@ def test_steps_and_traces(tmp_path):
     for macro in ("Plan", "Verify", "Answer"):
         mine = [(i, s) for i, x in enumerate(samples) for s in x["steps"] if s["macro"] == macro and s["token_end"] > s["token_start"]]
         for pool in POOLS:
-            e = found[pool, "basic_metrics", "macro", macro, None]
+            e = found[pool, "basic_metrics", "macro", None, macro, None]
             assert (e["n_steps"], e["n_traces"]) == (len(mine), len({i for i, _ in mine}))
 
 
@@ -181,7 +187,7 @@ def test_each_row_once(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- order, shards, restarts
 
 
-@few
+@settings(few, max_examples=5)
 @given(st.integers(0, 10**6), st.sampled_from([3, 30]))
 def test_order_and_shards(tmp_path_factory, seed, d):
     "Samples in another order, shards cut elsewhere: the same numbers, the same rows drawn."
@@ -230,11 +236,28 @@ def test_draws_of_traces(tmp_path):
         assert e["rankme"] == pytest.approx(by_numpy(Z[rows])["rankme"], rel=1e-8)
 
 
+def test_draws_of_steps(tmp_path):
+    "Whole steps in the order of their keys; for pooled rows the same as rows."
+    folder, matrix, samples = a_folder(tmp_path / "states", 6, 3, n=9)
+    m, Z = run(folder, tmp_path / "out", counts=[1, 4, 9, 20], unit="step"), matrix.double().numpy()
+    steps = [(int(row_keys(0, x["id"], j)[0]), x, s) for x in samples for j, s in enumerate(x["steps"]) if s["token_end"] > s["token_start"] and s["macro"] == "Plan"]
+    for e in m["all"]["token_count_sweep"]["series"]["Plan"]:
+        if e["n_rows"] is None: assert e["count"] > len(steps); continue
+        rows = [x["global_offset"] + t for _, x, s in sorted(steps, key=lambda k: k[0])[: e["count"]] for t in range(s["token_start"], s["token_end"])]
+        assert e["n_rows"] == len(rows)
+        if len(rows) > 2: assert e["rankme"] == pytest.approx(by_numpy(Z[rows])["rankme"], rel=1e-8)
+    assert {m[pool]["token_count_sweep"]["unit"] for pool in POOLS} == {"step"}
+    same = run(folder, tmp_path / "rows", counts=[1, 4, 9, 20], unit="token")
+    for pool in POOLS[1:]: assert m[pool]["token_count_sweep"] == same[pool]["token_count_sweep"] | {"source": m[pool]["token_count_sweep"]["source"]}
+
+
 def test_duplicate_names_and_no_names(tmp_path):
     "Samples of one name are drawn as two; samples without a name by their number."
     _, matrix, samples = a_folder(tmp_path / "x", 8, 3)
     for i, x in enumerate(samples): x.pop("id") if i % 2 else x.update(id="same")
+    samples[-1]["id"] = "same#2"
     m = run(write(tmp_path / "states", matrix, samples), tmp_path / "out", counts=[20])
+    assert len(set(spectral._names_of(samples))) == len(samples)
     e = m["all"]["token_count_sweep"]["series"]["global"][0]
     assert e["n_rows"] == e["rank"] + 17 == 20
 
@@ -304,6 +327,76 @@ def test_other_settings_are_refused(tmp_path):
     assert (m.folder / "mine.txt").read_text() == "keep"
 
 
+def test_settings_in_other_forms(tmp_path):
+    "One is a list of one, numpy's numbers are numbers, twice is once."
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    m = run(folder, tmp_path / "out", seeds=0, counts=5, poolings="all", intervals="global")
+    assert run(folder, tmp_path / "out", seeds=(0, np.int64(0)), counts=np.array([5]), poolings=("all",), intervals=["global"]).raw == m.raw
+
+
+def test_intervals_by_width(tmp_path):
+    "Made by default where they cost little."
+    for d, some in ((4, True), (513, False)):
+        m = spectral_metrics(a_folder(tmp_path / f"s{d}", 2, d, n=3)[0], tmp_path / f"o{d}", poolings="all", progress=False)
+        for e in (m["all"]["basic_metrics"]["global"], *m["all"]["basic_metrics"]["macro"].values(), *m["all"]["basic_metrics"]["segments"].values()): assert ("ci" in e) == some
+
+
+@pytest.mark.parametrize("kind", ["bins", "bins/macro", "segments_macro", "bins/segments_macro"])
+def test_intervals_of_any_kind(tmp_path, kind):
+    folder, *_ = a_folder(tmp_path / "states", 9, 4, n=12)
+    m = run(folder, tmp_path / "out", intervals=(kind,), poolings="all")
+    valid(m)
+    for key, e in entries(m).items():
+        mine = ("bins/" if key[-1] is not None else "") + key[2] == kind or (kind, key[1], key[2]) == ("bins", "depth_profile", "global")
+        assert ("ci" in e) == (mine and e["n_rows"] > 0), key
+
+
+@pytest.mark.parametrize("lost", ["rows.bin", "sums.bin", "rows.bin short", "states.safetensors", "solved", "nothing"])
+def test_checkpoint_is_damaged(tmp_path, monkeypatch, lost):
+    "A stopped run whose checkpoint was damaged begins again, and says so; one whose is whole goes on."
+    folder, *_ = a_folder(tmp_path / "states", 2, 4, n=8)
+    whole, out = texts(run(folder, tmp_path / "whole").folder), tmp_path / "out"
+    monkeypatch.setattr(spectral, "_SAVE_EVERY", 0)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(spectral, "_write_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(folder, out)
+    work, name = out / ".work", lost.split()[0]
+    if lost == "solved": next(work.glob("solved_*.npz")).write_bytes(b"PK")
+    elif lost.endswith("short"): (work / name).write_bytes((work / name).read_bytes()[:-4])
+    elif lost == "states.safetensors": (work / name).write_bytes(b"x" * 99)
+    elif lost != "nothing": (work / name).unlink()
+    seen, read = [], HiddenStates.read
+    monkeypatch.setattr(HiddenStates, "read", lambda self, a, b: (seen.append(b - a), read(self, a, b))[1])
+    if lost == "nothing": run(folder, out)
+    else:
+        with pytest.warns(UserWarning, match="begins again"): run(folder, out)
+    assert texts(out) == whole and bool(seen) == (lost != "nothing")
+
+
+def test_run_json_is_damaged(tmp_path):
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    whole = texts(run(folder, tmp_path / "out").folder)
+    for bad in (b"{", b"[]", b'{"settings": []}', b"\xff"):
+        (tmp_path / "out/run.json").write_bytes(bad)
+        with pytest.raises(ValueError, match="run.json is damaged.*resume=False"): run(folder, tmp_path / "out")
+        run(folder, tmp_path / "out", resume=False)
+        assert texts(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("name", ["basic_metrics.json", "sensitivity.json", "spectra_all.safetensors"])
+def test_complete_but_for_a_file(tmp_path, name):
+    "A file that was removed is made again; what a kill left over is removed."
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    whole = texts(run(folder, tmp_path / "out").folder)
+    (tmp_path / "out/pool_all" / name).unlink()
+    (tmp_path / "out/.work").mkdir()
+    run(folder, tmp_path / "out")
+    assert texts(tmp_path / "out") == whole
+    (tmp_path / "out/.work").mkdir()
+    run(folder, tmp_path / "out")
+    assert not (tmp_path / "out/.work").exists()
+
+
 def test_foreign_folder_is_not_overwritten(tmp_path):
     folder, *_ = a_folder(tmp_path / "states", 2, 4)
     (tmp_path / "out/pool_all").mkdir(parents=True)
@@ -313,7 +406,7 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
     assert (tmp_path / "out/pool_all/basic_metrics.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("bad", [{"poolings": ["median"]}, {"poolings": ["all", "all"]}, {"groups": "kind"}, {"n_bins": 0}, {"n_bins": 2.0}, {"unit": "step"}, {"preset": "garrido"}, {"counts": [0]}, {"counts": [1.5]}, {"seeds": ["0"]}, {"svd": ["all"]}, {"svd": ["micro"]}, {"svd_rows": 1}, {"svd_rows": "some"}, {"intervals": ["bins"]}, {"trace_groups": 1}, {"root": "x"}])
+@pytest.mark.parametrize("bad", [{"poolings": ["median"]}, {"poolings": ["all", "all"]}, {"groups": "kind"}, {"n_bins": 0}, {"n_bins": 2.0}, {"n_bins": True}, {"poolings": ()}, {"poolings": None}, {"unit": "turn"}, {"preset": "garrido"}, {"counts": [0]}, {"counts": [1.5]}, {"seeds": ["0"]}, {"seeds": "0"}, {"counts": 0}, {"counts": "many"}, {"device": "cuda:77"}, {"device": "foo"}, {"device": "meta"}, {"svd": ["all"]}, {"svd": ["micro"]}, {"svd_rows": 1}, {"svd_rows": "some"}, {"intervals": ["depth"]}, {"intervals": 3}, {"trace_groups": 1}, {"root": "x"}])
 def test_settings_that_cannot_be(tmp_path, bad):
     folder, *_ = a_folder(tmp_path / "states", 2, 4)
     with pytest.raises(ValueError): run(folder, tmp_path / "out", **bad)
@@ -377,7 +470,7 @@ def test_triangles_are_the_svd(tmp_path):
     tensors, want = load_file(m.folder / "pool_all/spectra_all.safetensors"), brute(matrix, samples, 4)
     for key in m["all"]["svd_vs_covariance"]["groups"]:
         kind, _, x = key.partition("/")
-        Z = want["all", "basic_metrics", kind, x or "global", None]
+        Z = want["all", "basic_metrics", kind, x if kind == "segments" else None, x or "global", None]
         for name, A in (("centered_svd", Z - Z.mean(0)), ("uncentered_svd", Z)):
             got, exact = tensors[f"svd/{key}/{name}"].numpy(), np.linalg.svd(A, compute_uv=False)
             k = min(len(got), len(exact), len(Z) - 1)
@@ -395,16 +488,16 @@ def test_intervals(tmp_path, d):
     for pool, kind, group in (("all", "global", "global"), ("all", "macro", "Plan"), ("mean", "macro", "Verify")):
         parts = {}
         for x in samples:
-            rows = brute(matrix, [x], 4).get((pool, "basic_metrics", kind, group, None))
+            rows = brute(matrix, [x], 4).get((pool, "basic_metrics", kind, None, group, None))
             if rows is not None: parts.setdefault(group_of(x["id"], 5), []).append(rows)
         theta = [by_numpy(np.concatenate([r for k, rs in parts.items() if k != g for r in rs]))["rankme"] for g in parts]
         G = len(theta)
         se = math.sqrt((G - 1) / G * sum((t - np.mean(theta)) ** 2 for t in theta))
-        e = found[pool, "basic_metrics", kind, group, None]
+        e = found[pool, "basic_metrics", kind, None, group, None]
         t = {2: 12.7062047, 3: 4.3026527, 4: 3.1824463, 5: 2.7764451}[G]
         assert e["ci"]["rankme"] == pytest.approx([e["rankme"] - t * se, e["rankme"] + t * se], rel=1e-6)
         assert e["ci"]["alpha"] is None and "ci.alpha" in e["reason"] or d == 50
-    assert "ci" not in found["all", "basic_metrics", "segments", "thought", None]
+    assert "ci" not in found["all", "basic_metrics", "segments", "thought", "thought", None]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -439,7 +532,8 @@ def test_empty(tmp_path):
         valid(m)
         e = m["mean"]["basic_metrics"]["global"]
         assert e["n_rows"] == 0 and e["reason"]["rankme"] == "no rows"
-        assert m["all"]["basic_metrics"]["counts"] == {"empty_steps": int(name == "empty"), "unannotated_tokens": 6}
+        assert m["all"]["basic_metrics"]["counts"] == {"empty_steps": int(name == "empty"), "unannotated_tokens": 6, "overlapping_tokens": 0, "nonfinite_rows": 0}
+        for plot in (plot_categories, plot_depth, plot_sweep, plot_cells, plot_spectra): plot(m).canvas.draw()
         assert len(m["all"]["depth_profile"]["bins"]) == 4
 
 
@@ -452,25 +546,79 @@ def test_equal_rows_and_one_row(tmp_path):
     assert m["all"]["basic_metrics"]["between_share"] is None
 
 
+def test_segments_with_slashes(tmp_path):
+    "Labels that would make one path of two groups."
+    rng, pairs = np.random.default_rng(0), [("thought", "a"), ("thought/macro", "a"), ("thought", "macro/a"), ("thought%2Fmacro", "a"), ("global", "global")]
+    samples = [{"id": i, "global_offset": 20 * i, "num_tokens": 20, "steps": [step(0, 20, c, s)]} for i, (s, c) in enumerate(pairs)]
+    matrix = torch.from_numpy(rng.normal(size=(100, 4))).float()
+    m = run(write(tmp_path / "s", matrix, samples), tmp_path / "out", n_bins=1)
+    for i, (s, c) in enumerate(pairs):
+        e = m["all"]["basic_metrics"]["segments_macro"][s][c]
+        assert e["effective_rank"] == pytest.approx(by_numpy(matrix[20 * i : 20 * i + 20].double().numpy())["effective_rank"], rel=1e-8)
+        assert effective_rank(m.spectrum(e["spectrum"])) == pytest.approx(e["effective_rank"], rel=1e-12)
+
+
 def test_hostile_labels(tmp_path):
     "Names that are keys of ours, markup, terminal codes, half a surrogate, numbers, nothing."
-    names = ["global", "bins/0", "<script>", "\x1b[2J", "\ud800", "a/b", "", 7, None]
+    names = ["global", "bins/0", "<script>", "\x1b[2J", "\ud800", "a/b", "", 7, None, "macro/global", "all", "segments/thought"]
     rng = np.random.default_rng(0)
     samples = [{"id": f"\x1b{i}", "global_offset": 20 * i, "steps": [{"token_start": 0, "token_end": 20, "category": c, "macro": c, "segment": None}]} for i, c in enumerate(names)]
-    m = run(write(tmp_path / "s", torch.from_numpy(rng.normal(size=(180, 4))).float(), samples), tmp_path / "out", groups="category")
+    m = run(write(tmp_path / "s", torch.from_numpy(rng.normal(size=(20 * len(names), 4))).float(), samples), tmp_path / "out", groups="category")
     valid(m)
-    assert set(m["all"]["basic_metrics"]["macro"]) == {"global", "bins/0", "<script>", "\x1b[2J", "\\ud800", "a/b", "", "7", "unlabelled"}
-    assert {"global", "macro/global"} <= m["all"]["token_count_sweep"]["series"].keys()
+    assert set(m["all"]["basic_metrics"]["macro"]) == {"global", "bins/0", "<script>", "\x1b[2J", "\\ud800", "a/b", "", "7", "unlabelled", "macro/global", "all", "segments/thought"}
+    assert {"global", "macro/global", "macro/macro/global"} <= m["all"]["token_count_sweep"]["series"].keys()
+    for count in (None, m["all"]["token_count_sweep"]["counts"][0]):
+        told = compare_models({"kind": m, "values": m}, "effective_rank", count=count)
+        assert len({(r["kind"], r["segment"], r["group"]) for r in told}) == len(told) and {r["group"] for r in told if r["kind"] == "macro"} == set(m["all"]["basic_metrics"]["macro"])
+        by = {(r["kind"], r["group"]): r["values"]["kind"] for r in told}
+        assert by["global", "global"] != by["macro", "global"] != by["macro", "macro/global"]
+    keys = [e["spectrum"] for _, e in m.entries("all")]
+    assert len(set(keys)) == len(keys)
+    for key in keys: m.spectrum(key)
     assert m["all"]["token_count_sweep"]["series"]["global"][0]["n_rows"] == m["all"]["token_count_sweep"]["counts"][0]
     assert "\x1b" not in repr(m)
     for plot in (plot_categories, plot_depth, plot_sweep, plot_cells, plot_spectra): plot(m).canvas.draw()
 
 
-def test_not_finite(tmp_path):
-    Z = torch.ones(40, 3)
-    Z[33, 1] = torch.nan
-    samples = [{"id": "good", "global_offset": 0, "steps": [step(0, 30, "a")]}, {"id": "bad", "global_offset": 30, "steps": [step(1, 10, "a")]}]
-    with pytest.raises(ValueError, match=r"row 33 \(sample bad, token 3\)"): run(write(tmp_path / "s", Z, samples), tmp_path / "out")
+@pytest.mark.parametrize("d", [3, 90])
+def test_not_finite(tmp_path, d):
+    "Rows that are not finite are left out everywhere, counted and named; a step with one has no mean."
+    folder, matrix, samples = a_folder(tmp_path / "states", 4, d, n=9)
+    rng, steps = np.random.default_rng(1), [(x, s) for x in samples for s in x["steps"] if s["token_end"] > s["token_start"]]
+    rows = sorted({x["global_offset"] + s[k] - (k == "token_end") for (x, s), k in zip([steps[i] for i in rng.choice(len(steps), 6)], ["token_start", "token_end"] * 3)})
+    hurt = matrix.clone()
+    for row, value in zip(rows, [torch.nan, torch.inf, -torch.inf] * 2): hurt[row, row % d] = value
+    x, s = next((x, s) for x, s in steps if x["global_offset"] + s["token_start"] <= rows[0] < x["global_offset"] + s["token_end"])
+    with pytest.warns(UserWarning, match=rf"{len(rows)} rows hold numbers.*row {rows[0]} \(sample {x['id']}, token {rows[0] - x['global_offset']}\)"): m = run(write(tmp_path / "hurt", hurt, samples), tmp_path / "out", intervals=("global",), counts=[5, 40], svd_rows="all")
+    valid(m)
+    want, found = brute(hurt, samples, 4), entries(m)
+    for key, Z in want.items():
+        if key[2] == "micro": continue
+        Z, e = Z[np.isfinite(Z).all(1)], found[key]
+        assert e["n_rows"] == len(Z), key
+        if len(Z) > 1 and e["rank"]: assert e["effective_rank"] == pytest.approx(by_numpy(Z)["effective_rank"], rel=1e-8), key
+    for pool in POOLS:
+        lost = sum(not np.isfinite(r).all() for r in want[pool, "basic_metrics", "global", None, "global", None])
+        assert m[pool]["basic_metrics"]["counts"]["nonfinite_rows"] == lost and lost <= len(rows)
+    assert m["mean"]["basic_metrics"]["counts"]["nonfinite_rows"] > 0
+
+
+def test_nothing_finite(tmp_path):
+    Z, samples = torch.full((40, 3), torch.nan), [{"global_offset": 0, "steps": [step(0, 30, "a"), step(30, 40, "b")]}]
+    with pytest.warns(UserWarning, match="40 rows hold"): m = run(write(tmp_path / "s", Z, samples), tmp_path / "out", intervals=("global",), svd_rows="all")
+    valid(m)
+    for pool in POOLS: assert m[pool]["basic_metrics"]["global"]["reason"]["rankme"] == "no rows"
+
+
+def test_overlapping_steps(tmp_path):
+    "Steps of somebody else may overlap: their tokens are rows of both, and that is said."
+    rng = np.random.default_rng(0)
+    Z, samples = torch.from_numpy(rng.normal(size=(40, 3))).float(), [{"global_offset": 0, "num_tokens": 40, "steps": [step(0, 30, "a"), step(20, 36, "b"), step(25, 30, "a")]}]
+    with pytest.warns(UserWarning, match="15 of their tokens"): m = run(write(tmp_path / "s", Z, samples), tmp_path / "out")
+    valid(m)
+    assert m["all"]["basic_metrics"]["counts"] | {"empty_steps": 0} == {"empty_steps": 0, "unannotated_tokens": 4, "overlapping_tokens": 15, "nonfinite_rows": 0}
+    for key, Z in brute(Z, samples, 4).items():
+        if key[2] != "micro" and len(np.unique(Z, axis=0)) > 1: assert entries(m)[key]["effective_rank"] == pytest.approx(by_numpy(Z)["effective_rank"], rel=1e-8)
 
 
 def test_only_the_certain_keys(tmp_path):
@@ -502,8 +650,9 @@ def test_root(tmp_path):
     models = load_models(tmp_path)
     assert list(models) == ["other", "some-model"]
     for count in (None, 20):
-        told = {r["group"]: r for r in compare_models(models, "effective_rank", "all", count)}
-        assert told["global"].keys() == {"group", "other", "some-model"} and all(told["global"].values())
+        told = {(r["kind"], r["group"]): r["values"] for r in compare_models(models, "effective_rank", "all", count)}
+        assert told["global", "global"].keys() == {"other", "some-model"} and all(told["global", "global"].values())
+    with pytest.raises(ValueError, match="metric='rank_me' is unknown; choose one of rankme"): compare_models(models, "rank_me")
     table = metrics_table(models)
     assert set(table["model"].to_pylist()) == {"other", "some-model"}
 
@@ -511,7 +660,7 @@ def test_root(tmp_path):
 def test_table(tmp_path):
     folder, *_ = a_folder(tmp_path / "states", 2, 4)
     m = run(folder, tmp_path / "out", intervals=("global",))
-    rows = [r for r in metrics_table(m.folder, ("rankme", "alpha")).to_pylist() if (r["pool"], r["file"], r["group"]) == ("all", "basic_metrics", "global")]
+    rows = [r for r in metrics_table(m.folder, ("rankme", "alpha")).to_pylist() if (r["pool"], r["file"], r["kind"]) == ("all", "basic_metrics", "global")]
     e = m["all"]["basic_metrics"]["global"]
     assert [(r["metric"], r["value"]) for r in rows] == [("rankme", e["rankme"]), ("alpha", None)]
     assert [rows[0]["lo"], rows[0]["hi"]] == e["ci"]["rankme"] and "a fit needs 10" in rows[1]["reason"]
@@ -541,6 +690,73 @@ def test_no_metrics(tmp_path):
     with pytest.raises(KeyError): load_metrics(tmp_path).spectrum()
     (tmp_path / "pool_all/basic_metrics.json").write_text("{}" + " " * 100)
     assert "max_json" in load_metrics(tmp_path, max_json=50).problems[0]
+
+
+def _changed(value, path, new):
+    at = value
+    for k in path[:-1]: at = at[k]
+    if new is None: del at[path[-1]]
+    else: at[path[-1]] = new
+    return value
+
+
+DAMAGE = {
+    "basic_metrics": [(("global", "rankme"), "much"), (("global",), None), (("macro", "Plan", "n_rows"), -1), (("counts", "more"), 1), (("conventions", "metrics", "rankme", "weights"), "tau"), (("segments",), [])],
+    "depth_profile": [(("bins", 1, "macro"), []), (("bins", 0, "bin"), "first"), (("n_bins",), None)],
+    "token_count_sweep": [(("series", "global"), {}), (("series", "Plan", 0, "effective_rank"), 0.5), (("unit",), "turn")],
+    "svd_vs_covariance": [(("groups", "global", "delta"), None), (("pool",), "median")],
+    "sensitivity": [(("changes", 0, "amount"), -1)],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_in_our_files(tmp_path, name):
+    "What the schema forbids is named on loading, and only that file is lost."
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    m = run(folder, tmp_path / "out", poolings="all", counts=[5])
+    path = m.folder / f"pool_all/{name}.json"
+    whole = path.read_bytes()
+    for where, new in DAMAGE[name]:
+        path.write_text(json.dumps(_changed(json.loads(whole), where, new)))
+        hurt = load_metrics(m.folder)
+        assert len(hurt.problems) == 1 and hurt.problems[0].startswith(f"pool_all/{name}.json: at "), where
+        assert set(hurt["all"]) == set(m["all"]) - {name}
+        metrics_table(hurt)
+        with pytest.raises(ValueError, match=f"pool_all/{name}.json: at "): hurt.file(name)
+        for plot, needs in ((plot_categories, "basic_metrics"), (plot_depth, "depth_profile"), (plot_cells, "depth_profile"), (plot_sweep, "token_count_sweep"), (plot_spectra, "basic_metrics")):
+            if needs != name: plot(hurt)
+            else:
+                with pytest.raises(ValueError, match=name): plot(hurt)
+
+
+def test_lost_files(tmp_path):
+    "A missing file is an error that names it, where it is needed."
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    m = run(folder, tmp_path / "out", poolings="all")
+    for name in ("depth_profile.json", "spectra_all.safetensors"): (m.folder / "pool_all" / name).unlink()
+    m = load_metrics(m.folder)
+    assert m.missing == ["pool_all/depth_profile.json", "pool_all/spectra_all.safetensors"] and not m.problems
+    with pytest.raises(ValueError, match="pool_all/depth_profile.json is missing"): plot_depth(m)
+    with pytest.raises(ValueError, match="spectra_all.safetensors cannot be read"): m.spectrum()
+    (m.folder / "pool_all/spectra_all.safetensors").write_bytes(b"spectra")
+    with pytest.raises(ValueError, match="spectra_all.safetensors cannot be read"): m.spectrum()
+    save_file({"global/centered": torch.ones(3, 3)}, m.folder / "pool_all/spectra_all.safetensors")
+    with pytest.raises(ValueError, match="no spectra"): m.spectrum()
+    with pytest.raises(ValueError, match="pool_first/basic_metrics.json is missing"): plot_categories(m, pool="first")
+
+
+def test_every_number_has_conventions(tmp_path):
+    "What is in the files can be recomputed under the conventions that the same files state."
+    folder, *_ = a_folder(tmp_path / "states", 2, 30, n=12)
+    m = run(folder, tmp_path / "out", preset="reptrix", poolings=["all"])
+    head, e = m["all"]["basic_metrics"]["conventions"], m["all"]["basic_metrics"]["global"]
+    H = lambda p: math.exp(-float((p[p > 0] * np.log(p[p > 0])).sum()))
+    for name in ("rankme", "rankme_garrido", "rankme_reptrix", "effective_rank"):
+        c = head["metrics"][name]
+        s = m.spectrum(centered=c["centered"]).sigma[: c.get("k")] ** (1 if c["weights"] == "sigma" else 2)
+        assert H(s / s.sum() + c["eps"]) == pytest.approx(e[name], rel=1e-9)
+    assert head["metrics"]["alpha"]["fit"] == [11, 100] and head["metrics"]["alpha"]["preset"] == "reptrix"
+    assert e["isotropic_null_rankme"] == pytest.approx(isotropic_null(e["n_rows"], 30, "sigma")) and e["isotropic_null"] == pytest.approx(isotropic_null(e["n_rows"], 30))
 
 
 # ---------------------------------------------------------------------------------------------------- sensitivity

@@ -1189,7 +1189,7 @@ def test_pandas_columns():
     check_column(pd.DataFrame({"response": COLUMN}).iloc[::-1]["response"], COLUMN[::-1])
 
 
-@pytest.mark.parametrize("bad", [None, 3, 2.5, b"x", ["x"], {"response": "x"}, object()], ids=repr)
+@pytest.mark.parametrize("bad", [None, 3, 2.5, b"x", ["x"], {"response": "x"}, object()], ids=lambda x: type(x).__name__)
 def test_items_that_are_no_text(bad):
     for run in (compress_trace, compress_report):
         with pytest.raises(TypeError, match=r"item 3\b"):

@@ -111,6 +111,13 @@ def test_module_has_its_notebook(path):
     assert named and (path.parent/named[1]).resolve() in NOTEBOOKS
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tracebook").glob("*.py")), ids=lambda p: p.name)
+def test_names_are_defined_once(path):
+    "Rooms that go on in several notebooks share a module: none takes a name of another."
+    own = [n.name for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not any("patch" in ast.unparse(d) for d in n.decorator_list)]
+    assert sorted(own) == sorted(set(own))
+
+
 def test_version():
     "One version: settings.ini's."
     found = re.search(r'__version__ = "(.+)"', (ROOT/LIB/"__init__.py").read_text(encoding="utf-8"))

@@ -113,7 +113,9 @@ def here(args, flags, cells, env):
         quiet([sys.executable, "tools/readme.py", "--check"], ROOT)
     with step("nbdev", "the notebooks run"):
         run([command("nbdev-test"), "--n-workers", os.cpu_count(), "--flags", " ".join(cells)], cwd=ROOT, env=env)
-    return pytest(sys.executable, args, flags, env)
+    # Files of tests run beside each other; benchmarks, which are slow tests, need the machine for themselves.
+    beside = [] if "slow" in flags or not find_spec("xdist") else ["-n", str(min(os.cpu_count(), 8)), "--dist", "loadfile"]
+    return pytest(sys.executable, [*beside, *args], flags, env)
 
 
 def colab(args, flags, cells, env, folder, python):

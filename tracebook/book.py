@@ -447,8 +447,8 @@ def _tree_chapter(rows: Any, max_trees: int = 30, progress: bool = True) -> dict
 
 # %% ../nbs/15_book.ipynb #a7531127
 _SPECTRAL = [ # key, label, help
-    ("n_rows", "Rows", "tokens of the group"), ("rankme", "RankMe", "exp of the entropy of the singular values: how many directions are in use; its jackknife interval over traces below, where one was made"),
-    ("effective_rank", "Effective rank", "the same of the eigenvalues, which are squares: it counts large directions"), ("isotropic_null", "Isotropic", "the effective rank that directionless noise of as many rows would have: a rank near it says only how many rows there are"),
+    ("n_rows", "Rows", "tokens of the group"), ("rankme", "RankMe", "exp of the entropy of the singular values: how many directions are in use; its jackknife interval over traces below, where one was made"), ("isotropic_null_rankme", "of noise", "the RankMe that directionless noise of as many rows would have: a value near it says only how many rows there are"),
+    ("effective_rank", "Effective rank", "the same of the eigenvalues, which are squares: it counts large directions"), ("isotropic_null", "of noise", "the effective rank that directionless noise of as many rows would have"),
     ("alpha", "α", "slope of the spectrum on log-log axes: how fast it falls off"), ("top1_share", "First share", "of the variance, in the largest direction"), ("mean_norm2_share", "Mean share", "of the squared length, in the mean row")]
 
 def _spectral_cell(entry: dict, key: str) -> str:
@@ -459,9 +459,9 @@ def _spectral_cell(entry: dict, key: str) -> str:
 # %% ../nbs/15_book.ipynb #89453725
 def _spectral_table(basic: dict) -> dict:
     "Groups and their metrics as the page wants them."
-    groups = {"all": basic["global"]} | {f"segment: {k}": e for k, e in basic["segments"].items()} | basic["macro"]
+    groups = [("all", basic["global"]), *((f"segment: {k}", e) for k, e in basic["segments"].items()), *basic["macro"].items()] # labels may be alike
     columns = [dict(key="group", label="Group", help="", numeric=False)] + [dict(key=k, label=l, help=h, numeric=True) for k, l, h in _SPECTRAL]
-    rows = [dict(group=_brief(g)) | {k: _spectral_cell(e, k) for k, *_ in _SPECTRAL} for g, e in list(groups.items())[:60]]
+    rows = [dict(group=_brief(g)) | {k: _spectral_cell(e, k) for k, *_ in _SPECTRAL} for g, e in groups[:60]]
     said = ", ".join(f"{k} {v}" for k, v in sorted(basic["conventions"].items()) if isinstance(v, (str, int, float)))
     return dict(columns=columns, rows=rows, caption=visible(f"Conventions: {said}. Groups with different numbers of rows are not comparable as they stand; the sweep below takes the same number of each. A dash is undefined."))
 
@@ -473,14 +473,22 @@ _SPECTRAL_PLOTS = ( # name, title, caption, function
     ("spectra-sweep", "By number of rows", "The same number of rows drawn from each category: how the number of rows alone moves the metric. The grey line is directionless noise.", plot_sweep),
     ("spectra-cells", "Category and depth", "Effective rank by category and part of the trace; empty where too few rows are.", plot_cells))
 
+def _spectral_figures(metrics: SpectralMetrics, lost: list[str]) -> Iterator[tuple[str, str, str, Figure]]: # what cannot be drawn goes into lost
+    for name, title, caption, plot in _SPECTRAL_PLOTS:
+        try: fig = plot(metrics)
+        except (ValueError, KeyError) as e: lost.append(visible(f"{title} is not shown: {e.args[0]}"))
+        else: yield name, title, caption, fig
+
+# %% ../nbs/15_book.ipynb #b1a52c02
 def _spectra_chapter(metrics: Any) -> dict | None: # None: there is nothing
     "Everything that the chapter of spectra shows; ValueError for metrics that are not ours."
     if metrics is None: return None
-    metrics = metrics if isinstance(metrics, SpectralMetrics) else load_metrics(metrics)
-    if "basic_metrics" not in metrics.raw.get("all", {}) or metrics.foreign or metrics.problems: raise ValueError(f"{metrics!r} has no metrics of all tokens that could be shown; make them with tracebook spectral")
-    basic, source = metrics["all"]["basic_metrics"], metrics["all"]["basic_metrics"]["source"]
+    metrics, lost = metrics if isinstance(metrics, SpectralMetrics) else load_metrics(metrics), []
+    try: basic = metrics.file("basic_metrics")
+    except ValueError as e: raise ValueError(f"no metrics of all tokens could be shown: {e}; make them with tracebook spectral") from None
+    source = basic["source"]
     about = f"{source.get('model') or 'a model'}, {'the embeddings' if source.get('layer') is None else 'block ' + str(source['layer'])}, {source.get('stage')}"
-    return dict(about=visible(about), rows=basic["global"]["n_rows"], width=basic["hidden_dim"], table=_spectral_table(basic), figures=_drawn((n, t, c, f(metrics)) for n, t, c, f in _SPECTRAL_PLOTS))
+    return dict(about=visible(about), rows=basic["global"]["n_rows"], width=basic["hidden_dim"], table=_spectral_table(basic), figures=_drawn(_spectral_figures(metrics, lost)), lost=lost)
 
 # %% ../nbs/15_book.ipynb #c31a9f73
 class Book(NamedTuple):

@@ -197,8 +197,8 @@ def _add_spectral(commands: Any) -> None:
     p.add_argument("--poolings", type=words, metavar="P,…", default=["all", "mean", "first", "last"], help="all: each token; mean, first, last: one row a step (default: all four)")
     p.add_argument("--groups", choices=("macro", "category"), default="macro", help="macro labels, or the fine labels as well (default: macro)")
     p.add_argument("--bins", type=_positive, default=10, metavar="N", help="parts of a trace for the depth profile (default: 10)")
-    p.add_argument("--unit", choices=("token", "trace"), default="token", help="what is drawn where counts are matched (default: token)")
-    p.add_argument("--intervals", type=words, metavar="KIND,…", help="jackknife intervals over traces for global, segments, macro or micro (default: none; for the toy the first three)")
+    p.add_argument("--unit", choices=("token", "step", "trace"), default="token", help="what is drawn where counts are matched (default: token)")
+    p.add_argument("--intervals", type=words, metavar="KIND,…", help="jackknife intervals over traces for kinds of groups: global, segments, macro, micro, bins, … (default: the first three for states up to 512 wide, else none)")
     p.add_argument("--device", metavar="NAME", help="where products and spectra are computed (default: cpu)")
     p.add_argument("--no-resume", action="store_true", help="begin again, whatever is there")
     p.add_argument("--json", action="store_true", help="print JSON for machines")
@@ -687,7 +687,7 @@ def _verify(args: argparse.Namespace) -> None:
     if not report.ok: raise ValueError(f"{args.folder} is not as it should be")
 
 # %% ../nbs/16_cli.ipynb #51320112
-_SPECTRAL_SHOWN = ("rankme", "effective_rank", "isotropic_null", "alpha", "top1_share")
+_SPECTRAL_SHOWN = ("rankme", "isotropic_null_rankme", "effective_rank", "isotropic_null", "alpha", "top1_share")
 
 def _spectral(args: argparse.Namespace) -> None:
     from rich.console import Console
@@ -695,9 +695,9 @@ def _spectral(args: argparse.Namespace) -> None:
     from tracebook.trace import _count, visible
     made = spectral_metrics(args.folder, args.out, poolings=args.poolings, groups=args.groups, n_bins=args.bins, unit=args.unit, intervals=args.intervals, device=args.device, resume=not args.no_resume, root=args.root, progress=not args.json)
     first = made.pools[0]
-    rows = [dict(group=at["group"] if at["kind"] in ("global", "macro") else f"{at['kind']}: {at['group']}", rows=e["n_rows"], **{k: e.get(k) for k in _SPECTRAL_SHOWN}) for at, e in made.entries(first) if at["file"] == "basic_metrics"]
+    rows = [dict(kind=at["kind"], group=at["group"], rows=e["n_rows"], **{k: e.get(k) for k in _SPECTRAL_SHOWN}) for at, e in made.entries(first) if at["file"] == "basic_metrics" and at["kind"] != "segments_macro"]
     if args.json: return print(json.dumps(dict(folder=str(made.folder.resolve()), model=made.model, pool=first, metrics=rows)))
-    c = made[first]["basic_metrics"]["conventions"]
+    c = made.file("basic_metrics", first)["conventions"]
     console = Console(highlight=False, force_jupyter=False)
     console.print(_table(f"{visible(made.model)}, pooling {first}, {_count(rows[0]['rows'], 'row')}, {'centred' if c['centered'] else 'not centred'}, preset {c['preset']}", list(rows[0]), [list(r.values()) for r in rows]))
     print(visible(str(made.folder.resolve())))

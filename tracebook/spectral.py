@@ -1306,6 +1306,14 @@ def _numbers(named: Mapping[str, Callable], s: Spectrum) -> tuple[dict, dict]: #
     found = {k: _try(why, k, f, s) for k, f in named.items()}
     return {k: None if x is None or not math.isfinite(x) else float(x) for k, x in found.items()}, why
 
+# %% ../nbs/14a_moments.ipynb #a14c7e01
+def _intervals(named: Mapping[str, Callable], whole: Spectrum, without: Iterable[Spectrum], level: float) -> dict[str, Interval]:
+    "Each metric of all rows, with its interval from the spectra without one group each."
+    value, why = _numbers(named, whole)
+    rest = [_numbers(named, s) for s in without]
+    first = lambda k: next((w[k] for _, w in rest if k in w), None)
+    return {k: _interval(value[k], [x[k] for x, _ in rest], level, why.get(k) or first(k)) for k in named}
+
 # %% ../nbs/14a_moments.ipynb #530a1326
 def jackknife(
     parts: Sequence[Any], # moments of groups of traces, as `group_of` divides them
@@ -1315,43 +1323,46 @@ def jackknife(
 ) -> Interval | dict[str, Interval]: # one, or one a name; ValueError for another level
     "The delete-a-group jackknife of metrics of the union."
     if not 0 < level < 1: raise ValueError(f"level={level}: the probability of the interval lies between 0 and 1")
-    named = metrics if isinstance(metrics, Mapping) else {"": metrics}
-    parts = [p for p in parts if p.n]
-    value, why = _numbers(named, union(parts).spectrum(center)) if parts else (dict.fromkeys(named), dict.fromkeys(named, "no rows"))
-    rest = [_numbers(named, s.spectrum(center)) for s in _without_each(parts)] if len(parts) > 1 else []
-    first = lambda k: next((w[k] for _, w in rest if k in w), None)
-    out = {k: _interval(value[k], [x[k] for x, _ in rest], level, why.get(k) or first(k)) for k in named}
+    named, parts = metrics if isinstance(metrics, Mapping) else {"": metrics}, [p for p in parts if p.n]
+    whole = union(parts).spectrum(center) if parts else Spectrum([], n=0, d=1, centered=center)
+    out = _intervals(named, whole, [s.spectrum(center) for s in _without_each(parts)] if len(parts) > 1 else [], level)
     return out if isinstance(metrics, Mapping) else out[""]
 
-# %% ../nbs/14b_cells.ipynb #0fb0b14d
+# %% ../nbs/14b_cells.ipynb #bf2aca95
 import shutil
 import time
 from collections import Counter
 from dataclasses import field
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from tempfile import TemporaryDirectory
 from typing import Collection
+from zipfile import BadZipFile
 
 import pyarrow as pa
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from tqdm.auto import tqdm
 
 from .extract import HiddenStates, _differences, _folder_name, _strict_json, extract_hidden_states
 
-# %% ../nbs/14b_cells.ipynb #5602b41a
+# %% ../nbs/14b_cells.ipynb #62a34e9f
 def _text(x: Any) -> str: return str(x).encode("utf-8", "backslashreplace").decode()
 
 def _names_of(samples: Sequence[Mapping]) -> list[str]:
-    "A name for each sample, from which its rows are drawn: its id, or its number; of several alike the later ones get a number."
-    seen, out = Counter(), []
-    for i, s in enumerate(samples):
-        name = str(i) if s.get("id") is None else _text(s["id"])
-        seen[name] += 1
-        out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    "A name for each sample, from which its rows are drawn: its id, or its number; of several alike the later ones get a number that nobody has."
+    plain = [str(i) if s.get("id") is None else _text(s["id"]) for i, s in enumerate(samples)]
+    taken, seen, out = set(plain), Counter(), []
+    for name in plain:
+        new, seen[name] = name, seen[name] + 1
+        if seen[name] > 1:
+            while (new := f"{name}#{seen[name]}") in taken: seen[name] += 1
+            taken.add(new)
+        out.append(new)
     return out
 
-# %% ../nbs/14b_cells.ipynb #56d52084
+# %% ../nbs/14b_cells.ipynb #5543a456
 def _sizes_of(hs: HiddenStates, offset: np.ndarray, reach: np.ndarray) -> np.ndarray: # int64, tokens of each sample
     "What the index says, if it can be right; else the room up to the next sample."
     order, room = np.lexsort((reach, offset)), np.zeros(len(offset), np.int64)
@@ -1365,7 +1376,7 @@ def _coded(values: Sequence[str | None]) -> tuple[list[str], np.ndarray]: # sort
     number = {v: i for i, v in enumerate(labels)} | {None: -1}
     return labels, np.array([number[v] for v in values], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #025da4e9
+# %% ../nbs/14b_cells.ipynb #5449af81
 class _Steps(NamedTuple):
     "The steps of a folder that have tokens, as columns; and what was left out."
     names: list[str] # of samples
@@ -1379,8 +1390,9 @@ class _Steps(NamedTuple):
     code: dict[str, np.ndarray] # the same names: label of each step, -1: none
     empty: int # steps without a token
     unannotated: int # tokens of the folder in no step
+    overlapping: int # by how much the tokens of steps exceed those that lie in one: more than 0 if steps overlap
 
-# %% ../nbs/14b_cells.ipynb #0d250ab0
+# %% ../nbs/14b_cells.ipynb #23cf1bb2
 def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
     "How many of the rows [0, total) lie in none of the ranges [a, b), which may overlap."
     order = np.argsort(a, kind="stable")
@@ -1391,7 +1403,7 @@ def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
 def _label_of(step: Mapping, *keys: str, default: str | None = None) -> str | None: # the first that is there
     return next((_text(step[k]) for k in keys if step.get(k) is not None), default)
 
-# %% ../nbs/14b_cells.ipynb #ce2cae17
+# %% ../nbs/14b_cells.ipynb #9445a5dd
 def _read_steps(hs: HiddenStates) -> _Steps:
     "The index as columns."
     steps = [s for x in hs.samples for s in x["steps"]]
@@ -1402,10 +1414,11 @@ def _read_steps(hs: HiddenStates) -> _Steps:
     np.maximum.at(reach, sample, end)
     label = dict(segments=[_label_of(s, "segment") for s in steps], macro=[_label_of(s, "macro", "category", default="unlabelled") for s in steps], micro=[_label_of(s, "category") for s in steps])
     coded, full = {k: _coded(v) for k, v in label.items()}, end > start
-    left_out = dict(empty=int((~full).sum()), unannotated=_uncovered(offset[sample] + start, offset[sample] + end, hs.num_tokens))
+    none = _uncovered(offset[sample] + start, offset[sample] + end, hs.num_tokens)
+    left_out = dict(empty=int((~full).sum()), unannotated=none, overlapping=int((end - start).sum()) - (hs.num_tokens - none))
     return _Steps(_names_of(hs.samples), offset, _sizes_of(hs, offset, reach), sample[full], number[full], start[full], end[full], {k: v[0] for k, v in coded.items()}, {k: v[1][full] for k, v in coded.items()}, **left_out)
 
-# %% ../nbs/14b_cells.ipynb #040a3449
+# %% ../nbs/14b_cells.ipynb #1aaf0b2c
 class _Pieces(NamedTuple):
     "Consecutive rows that belong to the same groups."
     step: np.ndarray # int64
@@ -1413,7 +1426,7 @@ class _Pieces(NamedTuple):
     n: np.ndarray # rows
     bin: np.ndarray # depth
 
-# %% ../nbs/14b_cells.ipynb #72ec7bcc
+# %% ../nbs/14b_cells.ipynb #faec5e54
 def _token_pieces(s: _Steps, bins: int) -> _Pieces:
     "The tokens of all steps, cut where a bin ends."
     T = s.size[s.sample]
@@ -1428,25 +1441,33 @@ def _pooled_pieces(s: _Steps, bins: int) -> _Pieces:
     "One row a step."
     return _Pieces(np.arange(len(s.start)), s.number, np.ones(len(s.start), np.int64), np.minimum(bins - 1, bins * (s.start + s.end) // (2 * s.size[s.sample])))
 
-# %% ../nbs/14b_cells.ipynb #8d63ea99
-class _Groups(NamedTuple):
-    "Who belongs to what."
-    keys: list[str] # of groups
-    of: np.ndarray # int64 [pieces, kinds]: a group of each kind, -1: none
-    rows: np.ndarray # int64 [groups]
-    steps: np.ndarray # likewise
-    traces: np.ndarray # likewise
-    kinds: dict[str, int] # column of each kind
+# %% ../nbs/14b_cells.ipynb #e1ad3086
+_CROSSED = {"segments_macro": ("segments", "macro"), "bins/macro": ("bins", "macro"), "bins/segments": ("bins", "segments"), "bins/segments_macro": ("bins", "segments", "macro")}
 
-# %% ../nbs/14b_cells.ipynb #421bc1c6
-def _kinds(s: _Steps, p: _Pieces, by: str, bins: int) -> dict[str, tuple[list[str], np.ndarray]]: # kind -> (keys, number of the key for each piece)
-    code = {k: v[p.step] for k, v in s.code.items()}
-    out = {"global": (["global"], np.zeros(len(p.n), np.int64))}
-    for kind in ("segments", "macro", "micro")[:3 if by == "category" else 2]: out[kind] = [f"{kind}/{x}" for x in s.labels[kind]], code[kind]
-    out["bins"] = [f"bins/{b}" for b in range(bins)], p.bin
-    return out | dict(cells=([f"bins/{b}/macro/{x}" for b in range(bins) for x in s.labels["macro"]], p.bin * len(s.labels["macro"]) + code["macro"]))
+def _crossed(*codes: np.ndarray) -> tuple[list[tuple], np.ndarray]: # combinations that occur, and the number of each piece's; -1 where one of the codes is
+    good, sizes = np.all([c >= 0 for c in codes], axis=0), [int(c.max(initial=0)) + 1 for c in codes]
+    found, at = np.unique(np.ravel_multi_index([c[good] for c in codes], sizes), return_inverse=True)
+    out = np.full(len(good), -1)
+    out[good] = at
+    return list(zip(*(x.tolist() for x in np.unravel_index(found, sizes)))), out
 
-# %% ../nbs/14b_cells.ipynb #662a7b10
+# %% ../nbs/14b_cells.ipynb #80e5b7a9
+def _kinds(s: _Steps, p: _Pieces, by: str, bins: int) -> dict[str, tuple[list[tuple], np.ndarray]]: # kind -> (places of its groups, number of the group of each piece)
+    labels, code = s.labels | dict(bins=range(bins)), {k: v[p.step] for k, v in s.code.items()} | dict(bins=p.bin)
+    plain = ("segments", "macro", *["micro"] * (by == "category"), "bins")
+    out = {"global": ([()], np.zeros(len(p.n), np.int64))} | {k: ([(x,) for x in labels[k]], code[k]) for k in plain}
+    for kind, parts in _CROSSED.items():
+        found, number = _crossed(*(code[k] for k in parts))
+        out[kind] = [tuple(labels[k][i] for k, i in zip(parts, x)) for x in found], number
+    return out
+
+# %% ../nbs/14b_cells.ipynb #d85227ea
+def _key(kind: str, place: Sequence) -> str:
+    "The name of a group in files."
+    if kind.startswith("bins/"): return f"bins/{place[0]}/{_key(kind[5:], place[1:])}"
+    return "/".join([kind, *(x.replace("%", "%25").replace("/", "%2F") for x in place[:-1]), *map(str, place[-1:])])
+
+# %% ../nbs/14b_cells.ipynb #950d9db8
 def _count(of: np.ndarray, n: int, members: np.ndarray | None = None, rows: np.ndarray | None = None) -> np.ndarray: # int64 [n]
     "Rows of each group, or how many different members its pieces have."
     out = np.zeros(n, np.int64)
@@ -1458,17 +1479,44 @@ def _count(of: np.ndarray, n: int, members: np.ndarray | None = None, rows: np.n
         out += np.bincount(c, minlength=n)
     return out
 
-# %% ../nbs/14b_cells.ipynb #8387d9fe
-def _group(s: _Steps, p: _Pieces, by: str, bins: int) -> _Groups:
-    "All groups of the pieces."
-    kinds, keys, columns = _kinds(s, p, by, bins), [], []
-    for names, code in kinds.values():
-        columns.append(np.where(code >= 0, len(keys) + code, -1))
-        keys += names
-    of, n = np.stack(columns, 1), len(keys)
-    return _Groups(keys, of, _count(of, n, rows=p.n), _count(of, n, p.step), _count(of, n, s.sample[p.step]), {k: i for i, k in enumerate(kinds)})
+# %% ../nbs/14b_cells.ipynb #db9c19be
+_BASIC = ("global", "segments", "macro", "micro") # kinds that get the uncentred spectrum, too
 
-# %% ../nbs/14b_cells.ipynb #76f91480
+def _twins(of: np.ndarray, kind: Sequence[str], own: Collection[str] = _BASIC) -> np.ndarray: # int64 [groups]: who is solved in the place of each; mostly itself
+    "The first group with the same pieces; groups of the kinds `own` are solved themselves."
+    mark, sums = splitmix64(np.arange(len(of))), np.zeros(len(kind), np.uint64)
+    for c in of.T: np.add.at(sums, c[c >= 0], mark[c >= 0])
+    first: dict[int, int] = {}
+    for i, m in enumerate(sums.tolist()): first.setdefault(m, i)
+    return np.array([i if k in own else first[m] for i, (k, m) in enumerate(zip(kind, sums.tolist()))], np.int64)
+
+# %% ../nbs/14b_cells.ipynb #5090acc7
+class _Groups(NamedTuple):
+    "Who belongs to what."
+    kind: list[str] # of each group: global, segments, macro, …
+    place: list[tuple] # of each: its labels, such as (3, "Plan")
+    number: dict[tuple, int] # (kind, *place) -> group
+    column: dict[str, int] # kind -> column of `of`
+    of: np.ndarray # int64 [pieces, kinds]: the group of each kind that takes the rows of the piece; -1: none, or a twin does
+    twin: np.ndarray # int64 [groups]: who is solved in its place
+    rows: np.ndarray # int64 [groups]
+    steps: np.ndarray # likewise
+    traces: np.ndarray # likewise
+
+# %% ../nbs/14b_cells.ipynb #1c236f5a
+def _group(s: _Steps, p: _Pieces, by: str, bins: int, own: Collection[str] = _BASIC) -> _Groups:
+    "All groups of the pieces."
+    kinds, kind, place, columns = _kinds(s, p, by, bins), [], [], []
+    for name, (places, code) in kinds.items():
+        columns.append(np.where(code >= 0, len(kind) + code, -1))
+        kind += [name] * len(places)
+        place += places
+    of, n = np.stack(columns, 1), len(kind)
+    twin, counts = _twins(of, kind, own), (_count(of, n, rows=p.n), _count(of, n, p.step), _count(of, n, s.sample[p.step]))
+    of = np.where((of >= 0) & (twin == np.arange(n))[of], of, -1)
+    return _Groups(kind, place, {(k, *x): i for i, (k, x) in enumerate(zip(kind, place))}, {k: i for i, k in enumerate(kinds)}, of, twin, *counts)
+
+# %% ../nbs/14b_cells.ipynb #a241e088
 class _Drawn(NamedTuple):
     "Rows of a group in the order in which they are drawn."
     rows: np.ndarray # int64: rows of the folder; for pooled rows the step
@@ -1482,7 +1530,7 @@ def _portions_of(n: np.ndarray, most: int) -> Iterator[tuple[int, int]]: # piece
         yield a, b
         a = b
 
-# %% ../nbs/14b_cells.ipynb #362ccbfb
+# %% ../nbs/14b_cells.ipynb #7d287bb3
 def _expand(s: _Steps, p: _Pieces, a: int, b: int, pooled: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # piece, place in the sample and row, of each row of the pieces [a, b)
     piece = np.repeat(np.arange(a, b), p.n[a:b])
     place = p.first[piece] + np.arange(len(piece)) - np.repeat(np.cumsum(p.n[a:b]) - p.n[a:b], p.n[a:b])
@@ -1493,7 +1541,7 @@ def _name_keys(s: _Steps, seed: int) -> tuple[np.ndarray, np.ndarray]: # uint64 
     rank[np.array(sorted(range(len(s.names)), key=s.names.__getitem__), np.int64)] = np.arange(len(s.names))
     return np.array([_name_key(seed, x) for x in s.names], np.uint64), rank
 
-# %% ../nbs/14b_cells.ipynb #4ee23917
+# %% ../nbs/14b_cells.ipynb #b1955d7e
 def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, seed: int, pooled: bool) -> dict[int, _Drawn]:
     "The k rows of each group with the smallest keys; ties by name and place."
     names, rank = _name_keys(s, seed)
@@ -1512,38 +1560,39 @@ def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, s
         bar[kept[0][last]] = kept[1][last]
     return {g: _Drawn(r := kept[4][kept[0] == g], np.arange(len(r) + 1), int(total[g])) for g in np.unique(kept[0]).tolist()}
 
-# %% ../nbs/14b_cells.ipynb #011b0738
-def _draw_traces(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, seed: int, pooled: bool) -> dict[int, _Drawn]:
-    "All rows of the k traces of each group with the smallest keys."
-    names, rank = _name_keys(s, seed)
-    sample, key, out = s.sample[p.step], splitmix64(names), {}
+# %% ../nbs/14b_cells.ipynb #3380ca19
+def _draw_units(s: _Steps, p: _Pieces, column: np.ndarray, k: int, seed: int, pooled: bool, unit: str) -> dict[int, _Drawn]:
+    "All rows of the k steps or traces of each group with the smallest keys."
+    (names, rank), out = _name_keys(s, seed), {}
+    if unit == "trace": member, key, ties = s.sample[p.step], splitmix64(names), (rank,)
+    else: member, key, ties = p.step, splitmix64(names[s.sample] ^ s.number.astype(np.uint64)), (s.number, rank[s.sample])
     for g in np.unique(column[column >= 0]).tolist():
         mine = np.flatnonzero(column == g)
-        traces = np.unique(sample[mine])
-        traces = traces[np.lexsort((rank[traces], key[traces]))]
-        at = np.full(len(s.names), len(traces))
-        at[traces] = np.arange(len(traces))
-        mine = mine[np.argsort(at[sample[mine]], kind="stable")]
-        mine = mine[at[sample[mine]] < k]
+        some = np.unique(member[mine])
+        some = some[np.lexsort((*(x[some] for x in ties), key[some]))]
+        at = np.full(len(key), len(some))
+        at[some] = np.arange(len(some))
+        mine = mine[np.argsort(at[member[mine]], kind="stable")]
+        mine = mine[at[member[mine]] < k]
         part = _Pieces(*(x[mine] for x in p))
-        rows = _expand(s, part, 0, len(mine), pooled)[2]
-        out[g] = _Drawn(rows, np.concatenate([[0], np.cumsum(np.bincount(at[sample[mine]], part.n, min(k, len(traces))).astype(np.int64))]), len(traces))
+        upto = np.cumsum(np.bincount(at[member[mine]], part.n, min(k, len(some))).astype(np.int64))
+        out[g] = _Drawn(_expand(s, part, 0, len(mine), pooled)[2], np.append(0, upto), len(some))
     return out
 
-# %% ../nbs/14b_cells.ipynb #35970475
+# %% ../nbs/14b_cells.ipynb #e6868646
 _WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64} # integers of the size of a number
 
 class _Store:
     "Rows in a file, written and read by their number."
     def __init__(self, path: Path, n: int, d: int, dtype: torch.dtype):
         self.dtype, word = dtype, np.dtype(_WORDS[dtype.itemsize])
-        there = path.exists() and path.stat().st_size == max(n * d, 1) * word.itemsize
-        self.words = np.memmap(path, word, "r+" if there else "w+", shape=(n, d) if n * d else (1,))
+        self.there = path.exists() and path.stat().st_size == max(n * d, 1) * word.itemsize # from a run that was stopped
+        self.words = np.memmap(path, word, "r+" if self.there else "w+", shape=(n, d) if n * d else (1,))
     def put(self, at: np.ndarray, rows: torch.Tensor) -> None: self.words[at] = rows.contiguous().view(getattr(torch, self.words.dtype.name)).numpy()
     def get(self, at: np.ndarray) -> torch.Tensor: return torch.from_numpy(self.words[at]).view(self.dtype)
     def flush(self) -> None: self.words.flush()
 
-# %% ../nbs/14b_cells.ipynb #01a368e7
+# %% ../nbs/14b_cells.ipynb #03a7f274
 @dataclass
 class _Solved:
     "A group, when all its rows have come."
@@ -1558,7 +1607,7 @@ class _Solved:
         said = [{k: getattr(s, k) for k in ("n", "d", "centered", "method", "floor", "dtype", "mean_norm", "reason", "note")} for s in spectra]
         _save_bytes(path, lambda f: np.savez(f, said=np.array(json.dumps(dict(spectra=said, within=self.within, ci=self.ci))), mean=np.empty(0) if self.mean is None else self.mean, **{f"s{i}": s.sigma for i, s in enumerate(spectra)}))
 
-# %% ../nbs/14b_cells.ipynb #b9fa009b
+# %% ../nbs/14b_cells.ipynb #2e2eccf8
 def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open file
     "A file, whole or not at all."
     part = path.with_name(f".{path.name}.part")
@@ -1568,14 +1617,14 @@ def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open fil
         os.fsync(f.fileno())
     os.replace(part, path)
 
-# %% ../nbs/14b_cells.ipynb #3af13f1d
+# %% ../nbs/14b_cells.ipynb #578bde9d
 def _load_solved(path: Path) -> _Solved:
     with np.load(path, allow_pickle=False) as f:
         said = json.loads(str(f["said"]))
         spectra = [Spectrum(f[f"s{i}"], **about) for i, about in enumerate(said["spectra"])]
         return _Solved(spectra[0], (spectra + [None])[1], said["within"], f["mean"] if len(f["mean"]) else None, said["ci"])
 
-# %% ../nbs/14b_cells.ipynb #651213a0
+# %% ../nbs/14b_cells.ipynb #d101470c
 @dataclass
 class _Pool:
     "The plan for one pooling."
@@ -1589,7 +1638,7 @@ class _Pool:
     counts: tuple[int, ...] = () # of the sweep
     matched: int = 0 # units in the smallest category that has any
 
-# %% ../nbs/14b_cells.ipynb #6d0a31d3
+# %% ../nbs/14b_cells.ipynb #f32da9b3
 @dataclass
 class _Work:
     "One run: where it reads, where it writes, and its options."
@@ -1603,6 +1652,7 @@ class _Work:
     rows: _Store | None = None
     sums: _Store | None = None # float64, one for each piece of tokens
     trace_group: np.ndarray | None = None # of each sample, for intervals
+    bad: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64)) # sorted: rows of the folder that are not finite
     triangles: dict[int, TriangularMoments] = field(default_factory=dict) # of groups, with svd_rows="all"
 
     @property
@@ -1610,45 +1660,60 @@ class _Work:
     @property
     def work(self) -> Path: return self.folder/".work"
 
-# %% ../nbs/14b_cells.ipynb #045dad62
+# %% ../nbs/14b_cells.ipynb #ed80a41e
+def _unit_of(work: _Work, pool: str) -> str: # what is counted in the sweep: a pooled row is a step
+    return "step" if pool != "all" and work.o["unit"] == "token" else work.o["unit"]
+
+def _row_units(work: _Work, pool: str) -> bool: return _unit_of(work, pool) == ("token" if pool == "all" else "step") # whether a unit is a row
+
 def _counts_for(work: _Work, pool: _Pool) -> tuple[tuple[int, ...], int]: # counts, matched count
-    g = pool.groups
-    units = g.traces if work.o["unit"] == "trace" else g.rows
-    sizes = [int(units[g.keys.index(f"macro/{x}")]) for x in work.steps.labels["macro"]]
+    g, rows = pool.groups, _row_units(work, pool.name)
+    units = dict(token=g.rows, step=g.steps, trace=g.traces)[_unit_of(work, pool.name)]
+    sizes = [int(units[g.number["macro", x]]) for x in work.steps.labels["macro"]]
     matched, most = min((n for n in sizes if n), default=0), int(units[0])
     if work.o["counts"] is not None: return tuple(work.o["counts"]), matched
-    limit = min(most, 8 * work.d if work.o["unit"] == "token" else max(1, 16 * work.d * most // max(int(g.rows[0]), 1)))
-    some = {c for c in (4 ** k for k in range(20)) if (64 if work.o["unit"] == "token" else 4) <= c <= limit}
+    limit = min(most, 8 * work.d if rows else max(1, 16 * work.d * most // max(int(g.rows[0]), 1)))
+    some = {c for c in (4 ** k for k in range(20)) if (64 if rows else 4) <= c <= limit}
     return tuple(sorted(some | ({matched} if 2 <= matched <= limit else set()))), matched
 
-# %% ../nbs/14b_cells.ipynb #f035f828
+# %% ../nbs/14b_cells.ipynb #91d0fb02
 def _plan_pool(work: _Work, name: str) -> _Pool:
     "Pieces, groups and draws of a pooling."
-    s, o = work.steps, work.o
-    p = (_token_pieces if name == "all" else _pooled_pieces)(s, o["n_bins"])
-    pool = _Pool(name, p, _group(s, p, o["groups"], o["n_bins"]))
+    s, o, pooled = work.steps, work.o, name != "all"
+    p = (_pooled_pieces if pooled else _token_pieces)(s, o["n_bins"])
+    pool = _Pool(name, p, _group(s, p, o["groups"], o["n_bins"], (*_BASIC, *o["intervals"])))
     pool.counts, pool.matched = _counts_for(work, pool)
-    g, draw = pool.groups, _draw_traces if o["unit"] == "trace" else _draw_rows
+    g, rows = pool.groups, lambda kind, k, seed: _draw_rows(s, p, pool.groups.of[:, pool.groups.column[kind]], len(pool.groups.kind), k, seed, pooled)
     for kind in ("global", "macro"):
         for seed in o["seeds"] if pool.counts else ():
-            pool.drawn |= {(i, seed): d for i, d in draw(s, p, g.of[:, g.kinds[kind]], len(g.keys), max(pool.counts), seed, name != "all").items()}
-    for kind in sorted({"global", *o["svd"]}): pool.checked |= _draw_rows(s, p, g.of[:, g.kinds[kind]], len(g.keys), _svd_rows(work), min(o["seeds"], default=0), name != "all")
+            found = rows(kind, max(pool.counts), seed) if _row_units(work, name) else _draw_units(s, p, g.of[:, g.column[kind]], max(pool.counts), seed, pooled, _unit_of(work, name))
+            pool.drawn |= {(i, seed): d for i, d in found.items()}
+    for kind in sorted({"global", *o["svd"]}): pool.checked |= rows(kind, _svd_rows(work), min(o["seeds"], default=0))
     return pool
 
-# %% ../nbs/14b_cells.ipynb #bbb2dec2
+# %% ../nbs/14b_cells.ipynb #20f23360
 def _svd_rows(work: _Work) -> int: return 2 * work.d if not isinstance(work.o["svd_rows"], int) else work.o["svd_rows"]
 
-# %% ../nbs/14b_cells.ipynb #b85bccf0
+# %% ../nbs/14b_cells.ipynb #a5392137
 def _thin(work: _Work, g: _Groups) -> np.ndarray: # bool [groups]
     return g.rows <= work.d
 
 def _rows_of(work: _Work, pool: _Pool, group: int) -> np.ndarray: # int64, in the order of the index
-    "References to all rows of a group."
+    "References to all finite rows of a group."
     g, p = pool.groups, pool.pieces
-    mine = _Pieces(*(x[(g.of == group).any(1)] for x in p))
-    return _expand(work.steps, mine, 0, len(mine.n), pool.name != "all")[2]
+    mine = _Pieces(*(x[g.of[:, g.column[g.kind[group]]] == group] for x in p))
+    return _finite(work, pool.name, _expand(work.steps, mine, 0, len(mine.n), pool.name != "all")[2])
 
-# %% ../nbs/14b_cells.ipynb #d0beb842
+# %% ../nbs/14b_cells.ipynb #8c5140ab
+def _finite(work: _Work, pool: str, rows: np.ndarray) -> np.ndarray: # int64: those that can be used
+    "References without the rows that are not finite; for after the pass."
+    if not len(work.bad): return rows
+    s = work.steps
+    start = rows if pool == "all" else s.offset[s.sample[rows]] + (s.end[rows] - 1 if pool == "last" else s.start[rows])
+    end = start + (s.end[rows] - s.start[rows] if pool == "mean" else 1)
+    return rows[np.searchsorted(work.bad, start) == np.searchsorted(work.bad, end)]
+
+# %% ../nbs/14b_cells.ipynb #5e5655d1
 def _plan(work: _Work) -> None:
     "Everything that can be known before the first row is read."
     s, wanted = work.steps, [np.empty(0, np.int64)]
@@ -1661,7 +1726,7 @@ def _plan(work: _Work) -> None:
     work.wanted = np.unique(np.concatenate(wanted))
     work.trace_group = np.array([group_of(x, work.o["trace_groups"]) for x in s.names], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #dc527928
+# %% ../nbs/14b_cells.ipynb #abcbee3e
 def _thin_rows(work: _Work, pool: _Pool) -> np.ndarray: # int64
     "The rows of all pieces that belong to a thin group."
     thin, of = _thin(work, pool.groups), pool.groups.of
@@ -1676,7 +1741,7 @@ def _load(work: _Work, pool: str, rows: np.ndarray) -> torch.Tensor: # [rows, d]
     if pool != "all": rows = s.offset[s.sample[rows]] + (s.start[rows] if pool == "first" else s.end[rows] - 1)
     return work.rows.get(np.searchsorted(work.wanted, rows)).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #01d91fd7
+# %% ../nbs/14b_cells.ipynb #34411003
 def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     "Means of steps, from the sums of their pieces."
     piece = work.token_step
@@ -1686,18 +1751,18 @@ def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     sums = np.add.reduceat(sums, np.cumsum(b - a) - (b - a), axis=0) if len(steps) else sums
     return torch.from_numpy(sums / (work.steps.end - work.steps.start)[steps, None]).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #6832ef3a
+# %% ../nbs/14b_cells.ipynb #ce87f215
 def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # pieces of each, in the order of the pass
     "Pieces that belong to the same thick groups (and group of traces, where intervals are wanted)."
     g, thin = pool.groups, _thin(work, pool.groups)
     of = np.where((g.of >= 0) & ~thin[g.of], g.of, -1)
-    order = [k for k in ("macro", "micro", "cells", "bins", "segments", "global") if k in g.kinds]
-    table = [of[:, g.kinds[k]] for k in order] + ([work.trace_group[work.steps.sample[pool.pieces.step]]] if work.o["intervals"] else [])
+    order = ("macro", "micro", "bins/macro", "bins/segments_macro", "segments_macro", "bins", "bins/segments", "segments", "global")
+    table = [of[:, g.column[k]] for k in order if k in g.column] + ([work.trace_group[work.steps.sample[pool.pieces.step]]] if work.o["intervals"] else [])
     at = np.lexsort(table[::-1])
     new = np.flatnonzero(np.any([np.diff(c[at]) != 0 for c in table], axis=0)) + 1
     return np.split(at, new) if len(at) else []
 
-# %% ../nbs/14b_cells.ipynb #d99a1956
+# %% ../nbs/14b_cells.ipynb #f7ffeae2
 def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: # pieces, and the rows [a, b) of each
     "Blocks of so many rows, from pieces of n rows each."
     ends = np.cumsum(n)
@@ -1706,7 +1771,7 @@ def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.
         k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
         yield k, np.maximum(low - ends[k] + n[k], 0), np.minimum(high - ends[k] + n[k], n[k])
 
-# %% ../nbs/14b_cells.ipynb #7b967f0c
+# %% ../nbs/14b_cells.ipynb #758d3eb3
 def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "The rows of an atom from the folder; on their way they are copied where they are wanted."
     p, s = pool.pieces, work.steps
@@ -1718,10 +1783,10 @@ def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.T
         block = torch.cat([work.hs.read(*run) for run in runs])
         _keep(work, block, start, end)
         sums = block if work.sums is None else _add_sums(work.sums, block, atom[k], a, size)
-        if not torch.isfinite(sums).all(): _name_bad(work, block, start, size)
+        if not torch.isfinite(sums).all(): block = _without_bad(work, block, np.repeat(start - np.cumsum(size) + size, size) + np.arange(len(block)))
         yield block
 
-# %% ../nbs/14b_cells.ipynb #56eac5aa
+# %% ../nbs/14b_cells.ipynb #54b5d05f
 def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) -> None:
     "Copy the rows of a block that are wanted to the store."
     a, b = np.searchsorted(work.wanted, start), np.searchsorted(work.wanted, end)
@@ -1737,15 +1802,19 @@ def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarra
     sums.put(piece, part)
     return part
 
-# %% ../nbs/14b_cells.ipynb #a12e3c04
-def _name_bad(work: _Work, block: torch.Tensor, start: np.ndarray, n: np.ndarray) -> None:
-    row = int(np.flatnonzero(~torch.isfinite(block).all(1).numpy())[0])
-    k = int(np.searchsorted(np.cumsum(n), row, "right"))
-    row += int(start[k] - (np.cumsum(n) - n)[k])
-    i = int(np.flatnonzero((work.steps.offset <= row) & (row < work.steps.offset + work.steps.size))[0])
-    raise ValueError(f"row {row} (sample {visible(work.steps.names[i])}, token {row - work.steps.offset[i]}) holds numbers that are not finite")
+# %% ../nbs/14b_cells.ipynb #0e63e198
+def _without_bad(work: _Work, block: torch.Tensor, rows: np.ndarray) -> torch.Tensor: # the finite rows
+    "Leave out what is not finite, and remember its numbers."
+    good = torch.isfinite(block).all(1)
+    work.bad = np.union1d(work.bad, rows[~good.numpy()])
+    return block[good]
 
-# %% ../nbs/14b_cells.ipynb #b0d13384
+def _place(work: _Work, row: int) -> str: # of a row of the folder, in words
+    s = work.steps
+    i = int(np.flatnonzero((s.offset <= row) & (row < s.offset + s.size))[0])
+    return f"row {row:,} (sample {visible(s.names[i])}, token {row - s.offset[i]:,})"
+
+# %% ../nbs/14b_cells.ipynb #665b012f
 def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Moments], begin: int = 0, after: Callable = lambda i: None, tick: Callable = lambda n: None) -> None:
     "Rows into atoms, atoms into groups, groups into spectra."
     thin, of, left, atoms = _thin(work, pool.groups), pool.groups.of, Counter(), _atoms(work, pool)
@@ -1763,56 +1832,58 @@ def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Mo
             if not left[g]: _close(work, pool, g, states.pop(g))
         after(i + 1)
 
-# %% ../nbs/14b_cells.ipynb #ca208f0e
+# %% ../nbs/14b_cells.ipynb #9587aeb7
 def _absorb(work: _Work, pool: _Pool, states: dict[int, Moments], g: int, state: Moments, piece: int) -> None:
     "Merge an atom into a group, and into its part for the intervals."
     states.setdefault(g, Moments()).absorb(state)
-    if _kind(pool.groups.keys[g]) in work.o["intervals"]:
+    if pool.groups.kind[g] in work.o["intervals"]:
         pool.parts.setdefault(g, {}).setdefault(int(work.trace_group[work.steps.sample[pool.pieces.step[piece]]]), Moments()).absorb(state)
 
-def _kind(key: str) -> str: # of a group
-    head, _, rest = key.partition("/")
-    return "cells" if head == "bins" and "/" in rest else head
-
-def _basic(key: str) -> bool: return _kind(key) in ("global", "segments", "macro", "micro") # gets the uncentred spectrum, too
-
-# %% ../nbs/14b_cells.ipynb #3c1b3d9a
+# %% ../nbs/14b_cells.ipynb #1d62fa96
 _CI = dict(rankme=rankme, effective_rank=effective_rank, participation_ratio=participation_ratio, stable_rank=stable_rank) # metrics with intervals, and alpha
 
 def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
     "Solve a group whose rows have all come."
+    if not state.n: pool.solved[g] = _nothing(work)
+    else: pool.solved[g] = _solve_thick(work, pool, g, state)
+    if pool.name == "all": pool.solved[g].save(work.work/f"solved_{g}.npz")
+
+def _nothing(work: _Work) -> _Solved: return _Solved(Spectrum([], n=0, d=work.d, method="gram")) # a group without rows
+
+# %% ../nbs/14b_cells.ipynb #cebaa52d
+def _solve_thick(work: _Work, pool: _Pool, g: int, state: Moments) -> _Solved:
+    "A group from its moments, and its intervals from those of its parts."
     parts = [m for _, m in sorted(pool.parts.pop(g, {}).items())]
-    found = _Solved(state.spectrum(), state.spectrum(center=False) if _basic(pool.groups.keys[g]) else None, state.trace, state.mean.cpu().numpy())
+    found = _Solved(state.spectrum(), state.spectrum(center=False) if pool.groups.kind[g] in _BASIC else None, state.trace, state.mean.cpu().numpy())
     if parts: found.ci = {k: _bounds(x) for k, x in jackknife(parts, _ci_metrics(work)).items()}
-    pool.solved[g] = found
-    if pool.name == "all": found.save(work.work/f"solved_{g}.npz")
+    return found
 
 def _ci_metrics(work: _Work) -> dict[str, Callable]: return _CI | dict(alpha=lambda s: alpha_req.__wrapped__(s, work.o["preset"]))
 
 def _bounds(x: Interval) -> list[float] | str: return x.reason or "undefined" if x.lo is None else [x.lo, x.hi]
 
-# %% ../nbs/14b_cells.ipynb #e8d86a28
+# %% ../nbs/14b_cells.ipynb #bcea0a89
 def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     "A group from the products of its rows with each other."
-    key, refs = pool.groups.keys[g], _rows_of(work, pool, g)
-    if not len(refs): return _Solved(Spectrum([], n=0, d=work.d, method="gram"))
+    kind, refs = pool.groups.kind[g], _rows_of(work, pool, g)
+    if not len(refs): return _nothing(work)
     Z = _load(work, pool.name, refs)
     s = spectrum(Z, True, "gram")
     A = Z.double()
-    found = _Solved(s, spectrum(Z, False, "gram") if _basic(key) else None, float((s.sigma ** 2).sum()), A.mean(0).cpu().numpy())
-    if _kind(key) in work.o["intervals"]: found.ci = _thin_ci(work, pool, s, Z, refs)
+    found = _Solved(s, spectrum(Z, False, "gram") if kind in _BASIC else None, float((s.sigma ** 2).sum()), A.mean(0).cpu().numpy())
+    if kind in work.o["intervals"]: found.ci = _thin_ci(work, pool, s, Z, refs)
     return found
 
-# %% ../nbs/14b_cells.ipynb #eae562f6
+# %% ../nbs/14b_cells.ipynb #54ad4fdf
 def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.ndarray) -> dict:
     "The jackknife, with rows in the place of moments."
     sample = work.steps.sample[refs] if pool.name != "all" else np.searchsorted(work.by_offset[0], refs, "right") - 1
     of = work.trace_group[sample if pool.name != "all" else work.by_offset[1][sample]]
-    why, rest = {}, [spectrum(Z[torch.from_numpy(of != k).to(Z.device)], True, "gram") for k in np.unique(of)]
-    told = lambda f, x, k: None if (v := _try(why, k, f, x)) is None else float(v)
-    return {k: _bounds(_interval(told(f, s, k), [told(f, x, k) for x in rest] if len(rest) > 1 else [], .95, why.get(k))) for k, f in _ci_metrics(work).items()}
+    groups = np.unique(of)
+    without = (spectrum(Z[torch.from_numpy(of != k).to(Z.device)], True, "gram") for k in (groups if len(groups) > 1 else ()))
+    return {k: _bounds(x) for k, x in _intervals(_ci_metrics(work), s, without, .95).items()}
 
-# %% ../nbs/14b_cells.ipynb #cb18de46
+# %% ../nbs/14b_cells.ipynb #6d06fa52
 @patch(as_prop=True)
 def token_step(self: _Work) -> np.ndarray: # int64 [pieces of tokens]
     "The step of each piece of tokens."
@@ -1823,20 +1894,20 @@ def token_pieces(self: _Work) -> _Pieces:
     if "_tokens" not in self.__dict__: self._tokens = self.pools["all"].pieces if "all" in self.pools else _token_pieces(self.steps, self.o["n_bins"])
     return self._tokens
 
-# %% ../nbs/14b_cells.ipynb #61661e89
+# %% ../nbs/14b_cells.ipynb #5c0e06d8
 @patch(as_prop=True)
 def by_offset(self: _Work) -> tuple[np.ndarray, np.ndarray]: # sorted first rows of samples with rows, and their numbers
     order = np.argsort(self.steps.offset, kind="stable")
     order = order[self.steps.size[order] > 0]
     return self.steps.offset[order], order
 
-# %% ../nbs/14b_cells.ipynb #bbf15017
+# %% ../nbs/14b_cells.ipynb #a44b7237
 _SAVE_EVERY = 60. # seconds
 
 def _token_pass(work: _Work, progress: bool) -> None:
     "The one pass over the folder."
     pool = work.pools.get("all") or _Pool("all", work.token_pieces, _no_groups(work.token_pieces))
-    states, begin = _restore(work, pool)
+    states, begin = _go_on(work, pool)
     saved, total = time.monotonic(), sum(int(pool.pieces.n[a].sum()) for a in _atoms(work, pool)[begin:])
     def after(i):
         nonlocal saved
@@ -1845,24 +1916,23 @@ def _token_pass(work: _Work, progress: bool) -> None:
         _accumulate(work, pool, _read_blocks, states, begin, after, bar.update)
     _save_states(work, pool, states, len(_atoms(work, pool)))
 
-# %% ../nbs/14b_cells.ipynb #2e0b3bfb
+# %% ../nbs/14b_cells.ipynb #79b07f77
 def _no_groups(p: _Pieces) -> _Groups:
     "For a pass that only fills the store."
-    return _Groups(["global"], np.full((len(p.n), 1), -1), *[np.zeros(1, np.int64)] * 3, {"global": 0})
+    none = np.zeros(1, np.int64)
+    return _Groups(["global"], [()], {("global",): 0}, {"global": 0}, np.full((len(p.n), 1), -1), none, none, none, none)
 
-# %% ../nbs/14b_cells.ipynb #a69eb115
+# %% ../nbs/14b_cells.ipynb #395af26d
 def _save_states(work: _Work, pool: _Pool, states: dict[int, Moments], done: int) -> None:
     "A point to go on from."
     for store in (work.rows, work.sums): store.flush() if store is not None else None
     parts = {f"{g}/{k}": m for g, some in pool.parts.items() for k, m in some.items()}
-    save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done))
+    save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done, bad=work.bad.tolist()))
 
-# %% ../nbs/14b_cells.ipynb #36a2493c
+# %% ../nbs/14b_cells.ipynb #67ef5f95
 def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # states by group, atoms that are done
     "Where the last run stopped."
-    path, states = work.work/"states.safetensors", {}
-    if not path.exists(): return states, 0
-    found, extra = load_moments(path)
+    states, (found, extra) = {}, load_moments(work.work/"states.safetensors")
     for name, m in found.items():
         g, _, part = name.partition("/")
         for k in ("mean", "M2", "R"): setattr(m, k, x.to(work.device)) if (x := getattr(m, k, None)) is not None else None
@@ -1871,57 +1941,83 @@ def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # stat
         else: states[int(g)] = m
     closed = {g for a in _atoms(work, pool)[:extra["done"]] for g in pool.groups.of[a[0]].tolist() if g >= 0 and g not in states and not _thin(work, pool.groups)[g]}
     pool.solved |= {g: _load_solved(work.work/f"solved_{g}.npz") for g in closed}
+    work.bad = np.array(extra["bad"], np.int64)
     return states, extra["done"]
 
-# %% ../nbs/14b_cells.ipynb #4434755f
+# %% ../nbs/14b_cells.ipynb #3355b4aa
+def _go_on(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # as `_restore`, or nothing at all
+    "What can be gone on with; a checkpoint that cannot be read is dropped with a warning."
+    if not (work.work/"states.safetensors").exists(): return {}, 0
+    fresh = dict(work.triangles)
+    try:
+        if not all(store.there for store in (work.rows, work.sums) if store is not None): raise ValueError("rows that waited are lost")
+        return _restore(work, pool)
+    except (ValueError, KeyError, OSError, EOFError, BadZipFile) as e:
+        warnings.warn(f"what {visible(str(work.folder))} holds of an earlier run cannot be used, and the pass begins again: {visible(str(e))[:300]}", stacklevel=2)
+        work.triangles = {g: TriangularMoments() for g in fresh}
+        pool.parts.clear(), pool.solved.clear()
+        work.bad = np.empty(0, np.int64)
+        return {}, 0
+
+# %% ../nbs/14b_cells.ipynb #85c1eaa9
 def _pooled_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "Pooled rows of an atom."
-    for at in range(0, len(atom), _CHUNK): yield _load(work, pool.name, pool.pieces.step[atom[at:at + _CHUNK]])
+    steps = _finite(work, pool.name, pool.pieces.step[atom])
+    for at in range(0, max(len(steps), 1), _CHUNK): yield _load(work, pool.name, steps[at:at + _CHUNK])
 
-# %% ../nbs/14b_cells.ipynb #97352ad2
+# %% ../nbs/14b_cells.ipynb #c9ec4798
 def _solve_all(work: _Work, progress: bool) -> None:
     "Every group of every pooling."
     if isinstance(work.o["svd_rows"], str) and "all" in work.pools:
         g = work.pools["all"].groups
-        work.triangles = {i: TriangularMoments() for i, k in enumerate(g.keys) if _kind(k) in work.o["svd"] and g.rows[i] > work.d}
+        work.triangles = {i: TriangularMoments() for i, k in enumerate(g.kind) if k in work.o["svd"] and g.rows[i] > work.d}
     _token_pass(work, progress)
     for pool in work.pools.values():
         if pool.name != "all": _accumulate(work, pool, _pooled_blocks, {})
-        for g in np.flatnonzero(_thin(work, pool.groups)).tolist():
-            if pool.groups.rows[g] or _basic(pool.groups.keys[g]) or _kind(pool.groups.keys[g]) == "bins": pool.solved[g] = _solve_thin(work, pool, g)
+        own = pool.groups.twin == np.arange(len(pool.groups.kind))
+        for g in np.flatnonzero(_thin(work, pool.groups) & own).tolist(): pool.solved[g] = _solve_thin(work, pool, g)
 
-# %% ../nbs/14b_cells.ipynb #453a6bbc
+# %% ../nbs/14b_cells.ipynb #1dc6891c
 _WHOLE = ("n90", "n99")
 
 def _plain(name: str, x: Any) -> Any: # what JSON can hold
     return x if x is None or isinstance(x, (bool, int, str)) else int(x) if name in _WHOLE else float(x)
 
-# %% ../nbs/14b_cells.ipynb #609e12b5
+# %% ../nbs/14b_cells.ipynb #c496de65
 def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
     "One entry: metrics, counts, reasons."
     row = metrics_row(found.centered, found.uncentered, preset=work.o["preset"])
     out = {k: _plain(k, v) for k, v in row.items() if k != "reason"} | dict(mean_norm=found.centered.mean_norm) | more
-    reason = dict(row["reason"]) | ({} if out["mean_norm"] is not None or "mean_norm2_share" in row["reason"] else {"mean_norm": "no mean row"})
-    if out["isotropic_null"] is None: reason["isotropic_null"] = found.centered.reason or "undefined"
+    reason = dict(row["reason"]) | ({} if out["mean_norm"] is not None else {"mean_norm": found.centered.reason or "no mean row"})
+    if found.centered.note: out["note"] = found.centered.note
     if found.ci is not None:
         out["ci"] = {k: v if isinstance(v, list) else None for k, v in found.ci.items()}
         reason |= {f"ci.{k}": v for k, v in found.ci.items() if isinstance(v, str)}
-    if out["alpha"] is not None and out["alpha_r2"] is None: reason["alpha_r2"] = "a flat spectrum has nothing to explain"
     return out | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #b7690b93
-def _group_entry(work: _Work, pool: _Pool, spectra: dict, key: str) -> dict:
+# %% ../nbs/14b_cells.ipynb #b4cb560c
+def _group_entry(work: _Work, pool: _Pool, spectra: dict, g: int) -> dict:
     "The entry of a group, and its spectra."
-    g = pool.groups.keys.index(key)
-    found = pool.solved[g]
+    kind, key, found = pool.groups.kind[g], _key(pool.groups.kind[g], pool.groups.place[g]), pool.solved[pool.groups.twin[g]]
+    if pool.groups.twin[g] != g: found = replace(found, uncentered=None, ci=None)
     spectra[f"{key}/centered"] = torch.from_numpy(found.centered.sigma.copy())
     if found.uncentered is not None: spectra[f"{key}/uncentered"] = torch.from_numpy(found.uncentered.sigma.copy())
     return _entry(work, found, n_steps=int(pool.groups.steps[g]), n_traces=int(pool.groups.traces[g]), spectrum=key)
 
-# %% ../nbs/14b_cells.ipynb #d6c6b58d
+# %% ../nbs/14b_cells.ipynb #c1070e41
+def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -> entry, or label -> label -> entry, …
+    "All entries of a kind."
+    out: dict = {}
+    for g in (i for i, k in enumerate(pool.groups.kind) if k == kind):
+        *path, last, at = *pool.groups.place[g], out
+        for x in path: at = at.setdefault(x, {})
+        at[last] = _group_entry(work, pool, spectra, g)
+    return out
+
+# %% ../nbs/14b_cells.ipynb #78da50de
 def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]:
     "How much of the variance lies between the categories."
-    some = [pool.solved[pool.groups.keys.index(f"macro/{x}")] for x in work.steps.labels["macro"]]
+    some = [pool.solved[pool.groups.number["macro", x]] for x in work.steps.labels["macro"]]
     some = [s for s in some if s.centered.n]
     n, means = np.array([s.centered.n for s in some], float), np.array([s.mean for s in some])
     if not len(some): return None, {"between_share": "no rows"}
@@ -1929,39 +2025,38 @@ def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]:
     between, within = float(n @ ((rest - n @ rest / n.sum()) ** 2).sum(1)), sum(s.within for s in some)
     return (between / (between + within), {}) if between + within else (None, {"between_share": "all rows are equal"})
 
-# %% ../nbs/14b_cells.ipynb #f8087178
+# %% ../nbs/14b_cells.ipynb #7e088472
 def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "basic_metrics.json without its head."
-    s, entry = work.steps, lambda key: _group_entry(work, pool, spectra, key)
+    s, tree = work.steps, lambda kind: _tree(work, pool, spectra, kind)
+    bad = len(pool.pieces.step) - len(_finite(work, pool.name, pool.pieces.step)) if pool.name != "all" else len(work.bad)
     share, reason = _between(work, pool)
-    out = {"global": entry("global"), "segments": {x: entry(f"segments/{x}") for x in s.labels["segments"]}, "macro": {x: entry(f"macro/{x}") for x in s.labels["macro"]}}
-    if work.o["groups"] == "category": out["micro"] = {x: entry(f"micro/{x}") for x in s.labels["micro"]}
-    return out | dict(between_share=share, counts=dict(empty_steps=s.empty, unannotated_tokens=s.unannotated)) | (dict(reason=reason) if reason else {})
+    out = {"global": _group_entry(work, pool, spectra, 0)} | {k: tree(k) for k in ("segments", "macro", "segments_macro", *["micro"] * (work.o["groups"] == "category"))}
+    counts = dict(empty_steps=s.empty, unannotated_tokens=s.unannotated, overlapping_tokens=s.overlapping, nonfinite_rows=bad)
+    return out | dict(between_share=share, counts=counts) | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #7cc308af
+# %% ../nbs/14b_cells.ipynb #8d6c296d
 def _depth_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "depth_profile.json without its head."
-    B, g = work.o["n_bins"], pool.groups
-    there = {k for k, n in zip(g.keys, g.rows) if n}
-    entry = lambda key: _group_entry(work, pool, spectra, key)
-    bins = [dict(bin=b, lo=b / B, hi=(b + 1) / B, macro={x: entry(k) for x in work.steps.labels["macro"] if (k := f"bins/{b}/macro/{x}") in there}) | entry(f"bins/{b}") for b in range(B)]
+    B, plain, trees = work.o["n_bins"], _tree(work, pool, spectra, "bins"), {k: _tree(work, pool, spectra, f"bins/{k}") for k in ("macro", "segments", "segments_macro")}
+    bins = [dict(bin=b, lo=b / B, hi=(b + 1) / B) | {k: t.get(b, {}) for k, t in trees.items()} | plain[b] for b in range(B)]
     return dict(n_bins=B, bin_edges=[b / B for b in range(B + 1)], position="token" if pool.name == "all" else "step_center", bins=bins)
 
-# %% ../nbs/14b_cells.ipynb #22a5e4fd
+# %% ../nbs/14b_cells.ipynb #b0731705
 def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[int, Spectrum]]: # count, spectrum
     "Spectra of the first so many units, for each count that the group has."
     state, done = Moments(), 0
     for count in (c for c in pool.counts if c <= drawn.units):
-        upto = int(drawn.upto[count])
-        if upto <= work.d: yield count, spectrum(_load(work, pool.name, drawn.rows[:upto]), True, "gram"); continue
-        for a in range(done, upto, _CHUNK): state.update(_load(work, pool.name, drawn.rows[a:min(a + _CHUNK, upto)]))
+        upto, rows = int(drawn.upto[count]), lambda a, b: _load(work, pool.name, _finite(work, pool.name, drawn.rows[a:b]))
+        if upto <= work.d: yield count, spectrum(rows(0, upto), True, "gram"); continue
+        for a in range(done, upto, _CHUNK): state.update(rows(a, min(a + _CHUNK, upto)))
         done = upto
         yield count, state.spectrum()
 
-# %% ../nbs/14b_cells.ipynb #734cb0e1
-def _series(work: _Work, pool: _Pool, spectra: dict, key: str, seed: int) -> list[dict]:
+# %% ../nbs/14b_cells.ipynb #cc2c7a3b
+def _series(work: _Work, pool: _Pool, spectra: dict, g: int, seed: int) -> list[dict]:
     "The entries of one group and seed."
-    drawn, out = pool.drawn.get((pool.groups.keys.index(key), seed)), []
+    key, drawn, out = _key(pool.groups.kind[g], pool.groups.place[g]), pool.drawn.get((g, seed)), []
     for count, s in _sweep_spectra(work, pool, drawn) if drawn else ():
         spectra[(name := f"sweep/{key}/{count}/{seed}") + "/centered"] = torch.from_numpy(s.sigma.copy())
         out.append(_entry(work, _Solved(s), count=count, seed=seed, spectrum=name))
@@ -1969,19 +2064,18 @@ def _series(work: _Work, pool: _Pool, spectra: dict, key: str, seed: int) -> lis
     short = [c for c in pool.counts if c > units]
     return out + [dict(count=c, seed=seed, n_rows=None, reason={"count": f"the group has {units:,}"}) for c in short[:1]]
 
-# %% ../nbs/14b_cells.ipynb #ae90d758
+# %% ../nbs/14b_cells.ipynb #f6fd3a64
 def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "token_count_sweep.json without its head."
-    name = lambda x: f"macro/{x}" if x == "global" else x # a category of this name must not hide all
-    series = {"global": "global"} | {name(x): f"macro/{x}" for x in work.steps.labels["macro"]}
-    told = {k: [e for seed in work.o["seeds"] for e in _series(work, pool, spectra, key, seed)] for k, key in series.items()}
-    unit = "trace" if work.o["unit"] == "trace" else "token" if pool.name == "all" else "step"
-    return dict(sampler="bottomk-splitmix64", seeds=list(work.o["seeds"]), unit=unit, counts=list(pool.counts), matched_count=pool.matched, series=told)
+    name = lambda x: f"macro/{x}" if x == "global" or x.startswith("macro/") else x
+    series = {"global": 0} | {name(x): pool.groups.number["macro", x] for x in work.steps.labels["macro"]}
+    told = {k: [e for seed in work.o["seeds"] for e in _series(work, pool, spectra, g, seed)] for k, g in series.items()}
+    return dict(sampler="bottomk-splitmix64", seeds=list(work.o["seeds"]), unit=_unit_of(work, pool.name), counts=list(pool.counts), matched_count=pool.matched, series=told)
 
-# %% ../nbs/14b_cells.ipynb #8e234b64
+# %% ../nbs/14b_cells.ipynb #0d6301c2
 def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum, Spectrum]: # centred covariance, centred SVD, uncentred SVD
     if pool.name == "all" and g in work.triangles: return pool.solved[g].centered, work.triangles[g].spectrum(), work.triangles[g].spectrum(center=False)
-    refs = _rows_of(work, pool, g) if isinstance(work.o["svd_rows"], str) else np.sort(pool.checked[g].rows)
+    refs = _rows_of(work, pool, g) if isinstance(work.o["svd_rows"], str) else _finite(work, pool.name, np.sort(pool.checked[g].rows))
     if len(refs) <= work.d: return tuple(spectrum(Z, c, m) for Z in [_load(work, pool.name, refs)] for c, m in ((True, "gram"), (True, "svd"), (False, "svd")))
     state, triangle = Moments(), TriangularMoments()
     for a in range(0, len(refs), step := max(2 * work.d, 1024)):
@@ -1989,7 +2083,7 @@ def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum,
         state.update(Z), triangle.update(Z)
     return state.spectrum(), triangle.spectrum(), triangle.spectrum(center=False)
 
-# %% ../nbs/14b_cells.ipynb #a5f0b852
+# %% ../nbs/14b_cells.ipynb #9ea4d02a
 def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why: dict[str, str] = {}
     fit = _try(why, "alpha", alpha_req, s, Preset("same", None, None, fit=PRESETS[work.o["preset"]].fit))
@@ -1997,17 +2091,17 @@ def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why |= {k: s.reason for k in ("rankme", "sigma_min_rel") if out[k] is None}
     return {k: _plain(k, v) for k, v in out.items()} | (dict(reason=why) if why else {})
 
-# %% ../nbs/14b_cells.ipynb #b91258ea
+# %% ../nbs/14b_cells.ipynb #f0e307e2
 def _gap(a: dict, b: dict) -> dict: # of two routes
     rel = lambda k: None if a[k] is None or b[k] is None else a[k] / b[k] - 1
     return dict(effective_rank_rel=rel("effective_rank"), rankme_rel=rel("rankme"), alpha_abs=None if a["alpha"] is None or b["alpha"] is None else a["alpha"] - b["alpha"])
 
-# %% ../nbs/14b_cells.ipynb #abaab9e0
+# %% ../nbs/14b_cells.ipynb #93185410
 def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "svd_vs_covariance.json without its head."
     out, names = {}, ("centered_covariance", "centered_svd", "uncentered_svd")
-    for g in [i for i in sorted(pool.checked) if _kind(pool.groups.keys[i]) in work.o["svd"]]:
-        key, found = pool.groups.keys[g], _three_routes(work, pool, g)
+    for g in [i for i in sorted(pool.checked) if pool.groups.kind[i] in work.o["svd"]]:
+        key, found = _key(pool.groups.kind[g], pool.groups.place[g]), _three_routes(work, pool, g)
         spectra |= {f"svd/{key}/{name}": torch.from_numpy(s.sigma.copy()) for name, s in zip(names, found)}
         told = {name: _route(work, s) for name, s in zip(names, found)}
         k = min(found[0].rank, found[1].rank)
@@ -2016,7 +2110,7 @@ def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
             definition=_gap(told["uncentered_svd"], told["centered_svd"]), max_sigma_rel_err=error, error_bound=found[0].max_rel_error)
     return dict(groups=out)
 
-# %% ../nbs/14b_cells.ipynb #29895231
+# %% ../nbs/14b_cells.ipynb #3e478ede
 def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> Iterator[tuple[str, float, torch.Tensor]]: # what, how much, rows
     "The variants of a matrix of rows."
     yield "as stored", 0., Z
@@ -2028,7 +2122,7 @@ def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> I
     for k in dims:
         if k < Z.shape[1]: yield "largest dimensions left out", float(k), Z[:, big[k:].sort().values]
 
-# %% ../nbs/14b_cells.ipynb #b42d3ca5
+# %% ../nbs/14b_cells.ipynb #825cfda4
 def sensitivity(
     Z: Any, # rows [n, d]
     tokens: Sequence[float] = (.005,), # shares of the rows that are left out, those with the largest norms
@@ -2043,7 +2137,7 @@ def sensitivity(
         out.append(dict(change=change, amount=amount, n_rows=len(X), hidden_dim=X.shape[1]) | found | _gap(found, out[0] if out else found) | (dict(reason=row["reason"]) if row["reason"] else {}))
     return tuple(out)
 
-# %% ../nbs/14b_cells.ipynb #37c12889
+# %% ../nbs/14b_cells.ipynb #5bd67d8d
 _FILES = dict(basic_metrics=_basic_file, depth_profile=_depth_file, token_count_sweep=_sweep_file, svd_vs_covariance=_svd_file)
 _SCHEMA = "tracebook/spectral/{}/1"
 
@@ -2051,98 +2145,152 @@ def metrics_schema() -> dict: # JSON Schema, draft 2020-12
     "The schema of the files that `spectral_metrics` writes."
     return json.loads((files("tracebook")/"data"/"spectral_metrics.schema.json").read_text("utf-8"))
 
+def _by_metric(preset: str) -> dict[str, dict]: # name -> preset, weights, centered, eps, k or fit
+    "Under which conventions each number stands."
+    ranks = {f"rankme{'' if k == 'canonical' else '_' + k}": PRESETS[k] for k in ("canonical", "garrido", "reptrix")}
+    out = {name: dict(preset=p.name, weights=p.weights, centered=p.centered, eps=p.eps, k=p.k) for name, p in ranks.items()}
+    plain = dict(preset="canonical", weights="lambda", centered=True, eps=0.)
+    out |= {name: plain for name in ("effective_rank", "participation_ratio", "stable_rank", "top1_share", "n90", "n99", "trace")}
+    out |= dict(isotropic_null=plain, isotropic_null_rankme=plain | dict(weights="sigma"))
+    return out | {name: plain | dict(preset=preset, fit=list(PRESETS[preset].fit)) for name in ("alpha", "alpha_r2", "alpha_stderr")}
+
 def _write_strict(path: Path, value: Mapping) -> None:
     _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()))
 
-# %% ../nbs/14b_cells.ipynb #2bd0c175
+# %% ../nbs/14b_cells.ipynb #cea47695
 def _head(work: _Work, pool: _Pool, name: str) -> dict:
     "What every file begins with."
     config, p = work.hs.config, PRESETS[work.o["preset"]]
     source = {k: _text(v) if isinstance(v := config.get(k), str) else v if isinstance(v, int) else None for k in ("model", "revision", "layer", "stage")} | dict(repr_sha256=work.o["source"])
-    conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown")
+    conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown", metrics=_by_metric(p.name))
     return dict(schema=_SCHEMA.format(name), created_by=f"tracebook {version('tracebook')}", source=source | dict(stage=source["stage"] or "unknown"), conventions=conventions, pool=pool.name, hidden_dim=work.d)
 
-# %% ../nbs/14b_cells.ipynb #70062731
+# %% ../nbs/14b_cells.ipynb #e87b4e7f
 def _sensitivity_file(work: _Work, pool: _Pool) -> dict:
     "sensitivity.json without its head: of the rows on which routes are compared."
-    rows = np.sort(pool.checked[0].rows) if 0 in pool.checked else np.empty(0, np.int64)
+    rows = _finite(work, pool.name, np.sort(pool.checked[0].rows)) if 0 in pool.checked else np.empty(0, np.int64)
     told = sensitivity(_load(work, pool.name, rows), preset=work.o["preset"]) if len(rows) > 1 else ()
     return dict(n_rows=len(rows), all_rows=len(rows) == int(pool.groups.rows[0]), changes=list(told))
 
-# %% ../nbs/14b_cells.ipynb #c4d73166
+# %% ../nbs/14b_cells.ipynb #256692a3
 def _write_pool(work: _Work, pool: _Pool) -> None:
     "The folder of one pooling."
     folder, spectra = work.folder/f"pool_{pool.name}", {}
     folder.mkdir(exist_ok=True)
     for name, make in _FILES.items(): _write_strict(folder/f"{name}.json", _head(work, pool, name) | make(work, pool, spectra))
     if pool.name in work.o["sensitivity"]: _write_strict(folder/"sensitivity.json", _head(work, pool, "sensitivity") | _sensitivity_file(work, pool))
-    part = folder/".spectra.part"
-    save_file(spectra, part)
-    os.replace(part, folder/f"spectra_{pool.name}.safetensors")
+    _save_bytes(folder/f"spectra_{pool.name}.safetensors", lambda f: f.write(to_bytes(spectra)))
 
-# %% ../nbs/14b_cells.ipynb #febcfa21
+# %% ../nbs/14b_cells.ipynb #33dd0f9a
 _POOLINGS = ("all", "mean", "first", "last")
+_KINDS = (*_BASIC, "bins", *_CROSSED)
+_CHOICES = dict(poolings=_POOLINGS, sensitivity=_POOLINGS, svd=_BASIC, intervals=_KINDS) # lists
+_WORDS_OF = dict(groups=("macro", "category"), unit=("token", "step", "trace"), preset=tuple(p.name for p in PRESETS.values() if p.fit)) # one of them
 
+def _some(name: str, given: Any, known: Sequence[str]) -> list[str]: # ValueError for what is not among the known
+    some = [given] if isinstance(given, str) else list(given) if isinstance(given, (list, tuple, set)) else None
+    if some is None or len({*map(str, some)}) < len(some) or any(x not in known for x in some): raise ValueError(f"{name}={given!r}; choose some of {', '.join(known)}, each once")
+    return some
+
+# %% ../nbs/14b_cells.ipynb #c0e6c217
+def _several(name: str, given: Any, least: float = -math.inf) -> list[int]: # in the order given, each once; ValueError for what is no whole number
+    many = isinstance(given, (Collection, np.ndarray)) and not isinstance(given, (str, bytes))
+    return list(dict.fromkeys(_whole(name, x, least) for x in (given if many else [given])))
+
+# %% ../nbs/14b_cells.ipynb #9fd7856a
 def _check(o: dict) -> dict:
     "Settings that can be; ValueError for others."
-    for key, known in dict(poolings=_POOLINGS, sensitivity=_POOLINGS, svd=("global", "segments", "macro", "micro"), intervals=("global", "segments", "macro", "micro")).items():
-        o[key] = [o[key]] if isinstance(o[key], str) else list(o[key])
-        if (lost := [x for x in o[key] if x not in known]) or len(set(o[key])) < len(o[key]): raise ValueError(f"{key}={o[key]!r}; choose some of {', '.join(known)}, each once")
-    for key, known in dict(groups=("macro", "category"), unit=("token", "trace"), preset=tuple(p.name for p in PRESETS.values() if p.fit)).items():
-        if o[key] not in known: raise ValueError(f"{key}={o[key]!r}; choose {' or '.join(known)}")
-    whole = lambda x, low: type(x) is int and x >= low
-    if o["groups"] == "macro" and "micro" in o["svd"] + o["intervals"]: raise ValueError("micro is for groups='category'")
-    if not whole(o["n_bins"], 1) or o["n_bins"] > 1000: raise ValueError(f"n_bins={o['n_bins']!r}; give a whole number from 1 to 1000")
-    if not whole(o["trace_groups"], 2): raise ValueError(f"trace_groups={o['trace_groups']!r}; a jackknife needs at least two groups of traces")
-    if o["svd_rows"] not in (None, "all") and not whole(o["svd_rows"], 2): raise ValueError(f"svd_rows={o['svd_rows']!r}; give a number of rows, None or 'all'")
-    o["seeds"], o["counts"] = list(o["seeds"]), o["counts"] if o["counts"] is None else sorted(set(o["counts"]))
-    if not all(whole(x, 1) for x in o["counts"] or ()) or not all(type(x) is int for x in o["seeds"]): raise ValueError("counts and seeds are whole numbers, counts from 1")
+    o |= {name: _some(name, o[name], known) for name, known in _CHOICES.items() if not (name == "intervals" and o[name] is None)}
+    if not o["poolings"]: raise ValueError(f"poolings={o['poolings']!r}; choose at least one of {', '.join(_POOLINGS)}")
+    for name, known in _WORDS_OF.items():
+        if o[name] not in known: raise ValueError(f"{name}={o[name]!r}; choose {' or '.join(known)}")
+    if o["groups"] == "macro" and "micro" in o["svd"] + (o["intervals"] or []): raise ValueError("micro is for groups='category'")
+    if _whole("n_bins", o["n_bins"], 1) > 1000: raise ValueError(f"n_bins={o['n_bins']}: at most 1000")
+    o |= dict(n_bins=int(o["n_bins"]), trace_groups=_whole("trace_groups", o["trace_groups"], 2), seeds=_several("seeds", o["seeds"]))
+    if o["counts"] is not None: o["counts"] = sorted(_several("counts", o["counts"], 1))
+    if o["svd_rows"] not in (None, "all"): o["svd_rows"] = _whole("svd_rows", o["svd_rows"], 2)
     return o
 
-# %% ../nbs/14b_cells.ipynb #7ec8b873
+# %% ../nbs/14b_cells.ipynb #903df71d
 def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
     "What the states are: config and index as JSON with sorted keys."
     digest = hashlib.sha256()
     for part in (hs.config, *hs.samples): digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
     return digest.hexdigest()
 
-# %% ../nbs/14b_cells.ipynb #14bbb2bc
+# %% ../nbs/14b_cells.ipynb #01d84198
+def _expected(o: Mapping) -> list[str]: # files of a complete run, relative to its folder
+    names = lambda p: [*(f"{f}.json" for f in _FILES), *["sensitivity.json"] * (p in o["sensitivity"]), f"spectra_{p}.safetensors"]
+    return [f"pool_{p}/{name}" for p in o["poolings"] for name in names(p)]
+
+def _said(path: Path) -> dict: # of run.json; ValueError if it is damaged
+    try:
+        said = _strict_json(path.read_bytes(), path.name)
+        if not isinstance(said.get("settings"), dict): raise ValueError("it holds no settings")
+    except ValueError as e: raise ValueError(f"{visible(str(path))} is damaged ({e}): give resume=False to begin again") from None
+    return said
+
+# %% ../nbs/14b_cells.ipynb #0b7589f6
 def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is done already
     "A new folder, or one to go on with; ValueError for one of other settings, or of somebody else."
-    said = _strict_json((folder/"run.json").read_bytes(), "run.json") if (folder/"run.json").exists() else None
-    if said is None and any(folder.glob("pool_*")): raise ValueError(f"{visible(str(folder))} holds metrics, but no run.json: they are not from here, and are not overwritten")
-    if said is not None and resume:
-        if differ := _differences(said.get("settings", {}), settings): raise ValueError(f"{visible(str(folder))} was made with other settings: {'; '.join(differ)}. Choose another folder, or resume=False to begin again")
-        if said.get("complete") is True: return True
-    elif said is not None: _clear_metrics(folder)
+    path = folder/"run.json"
+    if not path.exists() and any(folder.glob("pool_*")): raise ValueError(f"{visible(str(folder))} holds metrics, but no run.json: they are not from here, and are not overwritten")
+    if path.exists() and resume:
+        if differ := _differences((said := _said(path))["settings"], settings): raise ValueError(f"{visible(str(folder))} was made with other settings: {'; '.join(differ)}. Choose another folder, or resume=False to begin again")
+        if said.get("complete") is True and all((folder/x).is_file() for x in _expected(settings)): return True
+    elif path.exists(): _clear_metrics(folder)
     (folder/".work").mkdir(parents=True, exist_ok=True)
-    _write_strict(folder/"run.json", dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
+    _write_strict(path, dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
     return False
 
-# %% ../nbs/14b_cells.ipynb #e9595d15
+# %% ../nbs/14b_cells.ipynb #ed676904
 def _clear_metrics(folder: Path) -> None:
     "Remove what a run has written, and nothing else."
     shutil.rmtree(folder/".work", ignore_errors=True)
     for pool in _POOLINGS:
         for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool}.safetensors"): (folder/f"pool_{pool}"/name).unlink(missing_ok=True)
 
-# %% ../nbs/14b_cells.ipynb #3da6558c
+# %% ../nbs/14b_cells.ipynb #f053a9b4
+def _device(device: Any) -> torch.device: # ValueError for one that cannot be used
+    try:
+        there = torch.device("cpu" if device is None else device)
+        torch.zeros(1, dtype=torch.float64, device=there).cpu()
+        return there
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e: raise ValueError(f"device={device!r} cannot be used here: {visible(str(e).splitlines()[0])[:200]}") from None
+
+# %% ../nbs/14b_cells.ipynb #8a36b41a
+_INTERVALS_UPTO = 512
+
+def _settings(o: dict, hs: HiddenStates) -> dict:
+    "The settings of a run, complete."
+    if hs.hidden_dim is None: raise ValueError("the folder has no rows, and does not say how wide they would be")
+    some = ["global", "segments", "macro"] if hs.hidden_dim <= _INTERVALS_UPTO else []
+    return o | dict(intervals=some if o["intervals"] is None else o["intervals"], source=_source_hash(hs))
+
+# %% ../nbs/14b_cells.ipynb #63b8b531
+def _say(work: _Work) -> None:
+    s = work.steps
+    if s.overlapping: warnings.warn(f"steps overlap: {s.overlapping:,} of their tokens are counted more than once", stacklevel=4)
+    if n := len(work.bad): warnings.warn(f"{n:,} rows hold numbers that are not finite and are left out; the first is {_place(work, int(work.bad[0]))}", stacklevel=4)
+
+# %% ../nbs/14b_cells.ipynb #0db4addb
 def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, progress: bool) -> None:
     "Plan, pass, files."
-    o["source"] = _source_hash(hs)
-    if _begin(folder, o, resume): return
-    work = _Work(hs, _read_steps(hs), folder, o, torch.device(device or "cpu"))
-    if work.d is None: raise ValueError("the folder has no rows, and does not say how wide they would be")
-    _plan(work)
-    work.rows = _Store(work.work/"rows.bin", len(work.wanted), work.d, hs.dtype or torch.float32)
-    if "mean" in work.pools: work.sums = _Store(work.work/"sums.bin", len(work.token_step), work.d, torch.float64)
-    _solve_all(work, progress)
-    for pool in work.pools.values(): _write_pool(work, pool)
-    _write_strict(folder/"run.json", dict(schema=_SCHEMA.format("run"), settings=o, complete=True))
-    work.rows = work.sums = None
-    shutil.rmtree(work.work)
+    o, device = _settings(o, hs), _device(device)
+    done = _begin(folder, o, resume)
+    if not done:
+        work = _Work(hs, _read_steps(hs), folder, o, device)
+        _plan(work)
+        work.rows = _Store(work.work/"rows.bin", len(work.wanted), work.d, hs.dtype or torch.float32)
+        if "mean" in work.pools: work.sums = _Store(work.work/"sums.bin", len(work.token_step), work.d, torch.float64)
+        _solve_all(work, progress)
+        for pool in work.pools.values(): _write_pool(work, pool)
+        _write_strict(folder/"run.json", dict(schema=_SCHEMA.format("run"), settings=o, complete=True))
+        _say(work)
+        work.rows = work.sums = None
+    shutil.rmtree(folder/".work", ignore_errors=done)
 
-# %% ../nbs/14b_cells.ipynb #00732757
+# %% ../nbs/14b_cells.ipynb #aa3f89d5
 def spectral_metrics(
     hidden_states_or_folder: Any = None, # a `HiddenStates` or its folder; None: the toy's states on its own annotated traces, made first
     out_dir: str | Path | None = None, # the folder to write; None: `spectral_metrics/` and the name of the model
@@ -2152,9 +2300,9 @@ def spectral_metrics(
     n_bins: int = 10, # parts of a trace
     counts: Sequence[int] | None = None, # of the sweep; None: powers of 4, and the smallest category
     seeds: Sequence[int] = (0,), # of the draws
-    unit: str = "token", # what is drawn: rows ("token"), or whole traces ("trace")
+    unit: str = "token", # what is drawn: rows ("token"), whole steps ("step") or whole traces ("trace")
     preset: str = "canonical", # whose range of ranks for alpha
-    intervals: Sequence[str] | None = None, # kinds of groups that get jackknife intervals: "global", "segments", "macro", "micro"; None: none, for the toy the first three
+    intervals: Sequence[str] | None = None, # kinds of groups that get jackknife intervals over traces, such as "macro" or "bins/macro"; None: global, segments and macro for states up to 512 wide, else none
     trace_groups: int = 20, # groups of traces for the intervals; each costs a state and a spectrum a group
     svd: Sequence[str] = ("global",), # kinds of groups in `svd_vs_covariance.json`
     svd_rows: int | str | None = None, # rows of each; None: 2 d; "all": every row, by triangles
@@ -2163,10 +2311,9 @@ def spectral_metrics(
     resume: bool = True, # go on with what is there; False: begin again
     progress: bool = True, # a progress bar
     root: str | Path | None = None, # instead of `out_dir`: the tree `spectral_metrics/<model>/` is built here
-) -> SpectralMetrics: # what was written; ValueError for settings that cannot be, a folder of other settings, or rows that are not finite
+) -> SpectralMetrics: # what was written; ValueError for settings that cannot be, or a folder of other settings
     "Spectra and metrics of every kind of step, depth and pooling, with each row read once; the same call goes on after a crash."
     if out_dir is not None and root is not None: raise ValueError("give out_dir (this folder) or root (a tree of models), not both")
-    intervals = intervals if intervals is not None else ("global", "segments", "macro") if hidden_states_or_folder is None else ()
     o = _check(dict(poolings=poolings, groups=groups, n_bins=n_bins, counts=counts, seeds=seeds, unit=unit, preset=preset, intervals=intervals, trace_groups=trace_groups, svd=svd, svd_rows=svd_rows, sensitivity=sensitivity))
     with TemporaryDirectory() as made:
         if hidden_states_or_folder is None: extract_hidden_states(out_dir=(hidden_states_or_folder := made), progress=False)
@@ -2176,7 +2323,7 @@ def spectral_metrics(
         _run(hs, folder, o, device, resume, progress)
     return load_metrics(folder)
 
-# %% ../nbs/14b_cells.ipynb #cb720303
+# %% ../nbs/14b_cells.ipynb #b6eb43df
 @dataclass(repr=False)
 class SpectralMetrics:
     "The metrics of one model; made by `load_metrics`."
@@ -2197,11 +2344,24 @@ class SpectralMetrics:
         told = [f"{len(x)} {what}" for x, what in ((self.problems, "damaged"), (self.missing, "missing"), (self.foreign, "of others")) if x]
         return visible(f"SpectralMetrics({self.model}: {', '.join(self.pools)}{told and '; files ' + ', '.join(told) or ''})")
 
-# %% ../nbs/14b_cells.ipynb #b6b14e67
+# %% ../nbs/14b_cells.ipynb #72de45ed
 def _ours(value: Any) -> bool: # whether a file says that it is from here, in this version
     return isinstance(value, dict) and isinstance(value.get("source"), dict) and any(value.get("schema") == _SCHEMA.format(k) for k in (*_FILES, "sensitivity"))
 
-# %% ../nbs/14b_cells.ipynb #7a2b8c93
+# %% ../nbs/14b_cells.ipynb #36c77c4d
+@cache
+def _validator(name: str) -> Any: # of JSON Schema, for one kind of file; made once
+    from jsonschema import Draft202012Validator
+    return Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": metrics_schema()["$defs"]})
+
+def _wrong(value: dict) -> str | None: # None: it is as it should be
+    "Where a file of ours differs from the schema."
+    from jsonschema.exceptions import best_match
+    name = next(k for k in (*_FILES, "sensitivity") if value["schema"] == _SCHEMA.format(k))
+    error = best_match(_validator(name).iter_errors(value))
+    return error and f"at {'.'.join(map(str, error.absolute_path)) or 'the top'}: {error.message[:200]}"
+
+# %% ../nbs/14b_cells.ipynb #76274916
 def load_metrics(
     folder: str | Path, # with folders pool_all, pool_mean, …
     max_json: int = 1 << 28, # bytes of a file
@@ -2213,9 +2373,11 @@ def load_metrics(
     out = SpectralMetrics(folder, {p.name[5:]: {} for p in pools})
     for pool in pools:
         for path in sorted({*pool.glob("*.json"), *(pool/f"{name}.json" for name in _FILES)}): _load_one(out, pool, path, max_json)
+        spectra = pool/f"spectra_{pool.name[5:]}.safetensors"
+        if _ours(out.raw[pool.name[5:]].get("basic_metrics")) and not spectra.is_file(): out.missing.append(f"{pool.name}/{spectra.name}")
     return out
 
-# %% ../nbs/14b_cells.ipynb #4bb399fd
+# %% ../nbs/14b_cells.ipynb #515948c1
 def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     "One file into the metrics, or into what is wrong with them."
     name = f"{pool.name}/{path.name}"
@@ -2223,11 +2385,12 @@ def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     try:
         if path.stat().st_size > most: raise ValueError(f"{path.stat().st_size:,} bytes, more than max_json={most:,}")
         value = _strict_json(path.read_bytes(), name)
+        if (ours := _ours(value)) and (wrong := _wrong(value)): raise ValueError(f"{name}: {wrong}")
     except (ValueError, OSError) as e: out.problems.append(visible(str(e))); return
     out.raw[pool.name[5:]][path.stem] = value
-    if not _ours(value): out.foreign.append(name)
+    if not ours: out.foreign.append(name)
 
-# %% ../nbs/14b_cells.ipynb #95c04302
+# %% ../nbs/14b_cells.ipynb #cb8a9b6c
 def load_models(
     root: str | Path, # a tree `<model>/pool_all/…`, or the folder above it
 ) -> dict[str, SpectralMetrics]: # by name of the folder
@@ -2236,162 +2399,200 @@ def load_models(
     root = root/"spectral_metrics" if (root/"spectral_metrics").is_dir() else root
     return {p.name: load_metrics(p) for p in sorted(root.iterdir()) if p.is_dir() and any(q.is_dir() for q in p.glob("pool_*"))}
 
-# %% ../nbs/14b_cells.ipynb #853a7b3b
+# %% ../nbs/14b_cells.ipynb #924bbfa2
+@patch
+def file(self: SpectralMetrics,
+    name: str, # "basic_metrics", "depth_profile", "token_count_sweep", "svd_vs_covariance" or "sensitivity"
+    pool: str = "all", # pooling
+) -> dict: # what it holds; ValueError if it is missing, damaged, or not from here
+    "One of our files."
+    value, path = self.raw.get(pool, {}).get(name), visible(f"pool_{pool}/{name}.json")
+    if _ours(value): return value
+    raise ValueError(next((p for p in self.problems if p.startswith(path)), f"{path} is {'not from here' if value is not None else 'missing'}") + f" in {visible(str(self.folder))}")
+
+# %% ../nbs/14b_cells.ipynb #95c09135
 @patch
 def spectrum(self: SpectralMetrics,
     group: str = "global", # the key of an entry's `spectrum`, such as "macro/Plan" or "bins/3"
     pool: str = "all", # pooling
-    centered: bool = True, # uncentred ones are saved for all, segments and categories
-) -> Spectrum: # KeyError for a group that has none
+    centered: bool = True, # uncentred ones are saved for all, segments, categories and fine labels
+) -> Spectrum: # KeyError for a group that has none; ValueError for a damaged file
     "A saved spectrum."
     entry, name = self._entry(pool, group), f"{group}/{'centered' if centered else 'uncentered'}"
     if entry is None or name not in (tensors := self._tensors(pool)): raise KeyError(f"no spectrum {name!r} in pool_{pool}")
-    c = self.raw[pool]["basic_metrics"]["conventions"]
-    return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=self.raw[pool]["basic_metrics"]["hidden_dim"], centered=centered, dtype=c["dtype"], mean_norm=entry.get("mean_norm"))
+    head = next(f for f in self.raw[pool].values() if _ours(f))
+    return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=head["hidden_dim"], centered=centered, dtype=head["conventions"]["dtype"], mean_norm=entry.get("mean_norm"))
 
-# %% ../nbs/14b_cells.ipynb #ff9a27ee
+# %% ../nbs/14b_cells.ipynb #c58c17be
 @patch
 def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
-    cache = self.__dict__.setdefault("_loaded", {})
-    if pool not in cache: cache[pool] = load_file(self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors")
+    cache, path = self.__dict__.setdefault("_loaded", {}), self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors"
+    if pool not in cache:
+        try: cache[pool] = load_file(path)
+        except (OSError, SafetensorError) as e: raise ValueError(f"{visible(str(path))} cannot be read: {visible(str(e))[:200]}") from None
+        if any(t.dtype != torch.float64 or t.ndim != 1 for t in cache[pool].values()): raise ValueError(f"{visible(str(path))} holds tensors that are no spectra")
     return cache[pool]
 
-# %% ../nbs/14b_cells.ipynb #c0ceb30b
+# %% ../nbs/14b_cells.ipynb #8fbb607f
+def _leaves(kind: str, tree: Mapping) -> Iterator[tuple[dict, dict]]: # kind, segment and group; entry
+    "The entries of one kind: a dictionary, or for crossings one of dictionaries."
+    if kind == "segments_macro": yield from ((dict(kind=kind, segment=x, group=y), e) for x, inner in tree.items() for y, e in inner.items())
+    else: yield from ((dict(kind=kind, segment=x if kind == "segments" else None, group=x), e) for x, e in tree.items())
+
+# %% ../nbs/14b_cells.ipynb #d515e090
+_PLACE = dict(kind="global", segment=None, group="global", bin=None, count=None, seed=None)
+
+def _levels(entry: Mapping) -> Iterator[tuple[dict, dict]]: # of basic_metrics, or of one bin
+    "An entry's crossings with segments and categories."
+    for kind in ("segments", "macro", "segments_macro", "micro"): yield from _leaves(kind, entry.get(kind, {}))
+
 @patch
 def entries(self: SpectralMetrics,
     pool: str = "all", # pooling
-) -> Iterator[tuple[dict, dict]]: # where it stands (file, kind, group, bin, count, seed), and the entry
+) -> Iterator[tuple[dict, dict]]: # where it stands (file, kind, segment, group, bin, count, seed), and the entry
     "Every entry of metrics in the files that are from here."
-    at = lambda file, kind, group, bin=None, count=None, seed=None: dict(file=file, kind=kind, group=group, bin=bin, count=count, seed=seed)
-    f = {k: v for k, v in self.raw[pool].items() if _ours(v)}
-    if (b := f.get("basic_metrics")):
-        yield at("basic_metrics", "global", "global"), b["global"]
-        for kind in ("segments", "macro", "micro"): yield from ((at("basic_metrics", kind, x), e) for x, e in b.get(kind, {}).items())
-    for e in f.get("depth_profile", {}).get("bins", ()):
-        yield at("depth_profile", "global", "global", e["bin"]), {k: v for k, v in e.items() if k != "macro"}
-        yield from ((at("depth_profile", "macro", x, e["bin"]), m) for x, m in e["macro"].items())
+    f = {k: v for k, v in self.raw.get(pool, {}).items() if _ours(v)}
+    for b in [f["basic_metrics"]] if "basic_metrics" in f else (): yield from ((dict(file="basic_metrics") | _PLACE | at, e) for at, e in [({}, b["global"]), *_levels(b)])
+    for b in f.get("depth_profile", {}).get("bins", ()):
+        own = {k: v for k, v in b.items() if k not in ("segments", "macro", "segments_macro")}
+        yield from ((dict(file="depth_profile") | _PLACE | at | dict(bin=b["bin"]), e) for at, e in [({}, own), *_levels(b)])
     for x, series in f.get("token_count_sweep", {}).get("series", {}).items():
-        yield from ((at("token_count_sweep", "global" if x == "global" else "macro", x, None, e["count"], e["seed"]), e) for e in series if e.get("n_rows") is not None)
+        at = dict(file="token_count_sweep") | _PLACE | ({} if x == "global" else dict(kind="macro", group=x.removeprefix("macro/")))
+        yield from ((at | dict(count=e["count"], seed=e["seed"]), e) for e in series if e["n_rows"] is not None)
 
-# %% ../nbs/14b_cells.ipynb #09408cdf
+# %% ../nbs/14b_cells.ipynb #07723af6
 @patch
 def _entry(self: SpectralMetrics, pool: str, group: str) -> dict | None: # by the key of its spectrum
     return next((e for _, e in self.entries(pool) if e.get("spectrum") == group), None)
 
-# %% ../nbs/14b_cells.ipynb #571f3a7c
-METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null")
-_TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
+# %% ../nbs/14b_cells.ipynb #fe49d15b
+METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null", "isotropic_null_rankme")
+_TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("segment", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
     ("metric", pa.string()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64()), ("reason", pa.string())])
 
 def metrics_table(
     metrics: Any, # of `load_metrics`; or several by name; or a folder
     names: Sequence[str] = METRICS, # which metrics
-) -> pa.Table: # model, pool, file, kind, group, bin, count, seed, n_rows, n_traces, metric, value, lo, hi, reason
+) -> pa.Table: # model, pool, file, kind, segment, group, bin, count, seed, n_rows, n_traces, metric, value, lo, hi, reason
     "One row for each number; null where it is undefined, with the reason."
     several = metrics if isinstance(metrics, Mapping) else {None: metrics if isinstance(metrics, SpectralMetrics) else load_metrics(metrics)}
     rows = [dict(model=name or m.model, pool=pool, **where, n_rows=e["n_rows"], n_traces=e.get("n_traces"), metric=k, value=e[k], lo=(e.get("ci", {}).get(k) or [None])[0], hi=(e.get("ci", {}).get(k) or [None])[-1], reason=e.get("reason", {}).get(k))
         for name, m in several.items() for pool in m.pools for where, e in m.entries(pool) for k in names if k in e]
     return pa.Table.from_pylist(rows, schema=_TABLE)
 
-# %% ../nbs/14b_cells.ipynb #248de31a
+# %% ../nbs/14b_cells.ipynb #796b7c41
 def compare_models(
     models: Mapping[str, SpectralMetrics], # by name, as `load_models` reads them
     metric: str = "rankme", # a name of `METRICS`
     pool: str = "all", # pooling
     count: int | None = None, # the same number of rows for all, from the sweep; None: all rows of each
-) -> list[dict]: # one a group: group, then a value for each model; None where one has none
+) -> list[dict]: # one a group: kind, segment, group, and values: name of the model -> number, None where it has none
     "One metric of several models side by side."
-    found: dict[str, dict] = {}
+    found: dict[tuple, dict] = {}
+    if metric not in METRICS: raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(METRICS)}")
+    file = "basic_metrics" if count is None else "token_count_sweep"
     for name, m in models.items():
-        for at, e in m.entries(pool) if pool in m.raw else ():
-            if at["file"] == ("basic_metrics" if count is None else "token_count_sweep") and at["count"] == count and (count is None or at["seed"] == min(m.raw[pool]["token_count_sweep"]["seeds"])):
-                found.setdefault(at["group"] if at["kind"] in ("global", "macro") else f"{at['kind']}/{at['group']}", {})[name] = e.get(metric)
-    return [dict(group=g) | {name: x.get(name) for name in models} for g, x in found.items()]
+        here = [(at, e) for at, e in m.entries(pool) if at["file"] == file and at["count"] == count]
+        seed = min((at["seed"] for at, _ in here), default=None) if count is not None else None
+        for at, e in here:
+            if at["seed"] == seed: found.setdefault((at["kind"], at["segment"], at["group"]), {})[name] = e.get(metric)
+    return [dict(zip(("kind", "segment", "group"), key), values={name: x.get(name) for name in models}) for key, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #5a93ac7f
-def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[str, list[tuple[dict, dict]]]: # group -> (place, entry)
-    out: dict[str, list] = {}
+# %% ../nbs/14b_cells.ipynb #86f23df7
+def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[tuple[str, str], list[tuple[dict, dict]]]: # (kind, group) -> (place, entry)
+    "The entries of one file by group; a category has the same place, and so the same colour, in all pictures."
+    out: dict[tuple, list] = {}
+    m.file(file, pool)
     for at, e in m.entries(pool):
-        if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault(at["group"], []).append((at, e))
-    return dict(sorted(out.items(), key=lambda x: (x[0] != "global", x[0]))) # a category has the same colour in all pictures
+        if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault((at["kind"], at["group"]), []).append((at, e))
+    return dict(sorted(out.items(), key=lambda x: (x[0][0] != "global", x[0])))
 
-# %% ../nbs/14b_cells.ipynb #1f9ee6be
+def _words(group: tuple[str, str]) -> str: return "all" if group[0] == "global" else _label(group[1])
+
+_NULLS = dict(rankme="isotropic_null_rankme", effective_rank="isotropic_null") # what noise without any direction would have
+
+# %% ../nbs/14b_cells.ipynb #20989d06
+def _draw_category(ax: Any, y: int, e: Mapping, name: str) -> None:
+    "One point with its interval, and its null as a cross."
+    ci = (e.get("ci") or {}).get(name)
+    ax.errorbar(e[name], y, xerr=ci and [[max(e[name] - ci[0], 0)], [max(ci[1] - e[name], 0)]], fmt="o", color=_COLOURS[y % len(_COLOURS)], capsize=3)
+    if (null := e.get(_NULLS.get(name))) is not None: ax.plot(null, y, "x", color="#888888")
+
 def plot_categories(
     metrics: SpectralMetrics, # of `load_metrics`
     names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
     pool: str = "all", # pooling
 ) -> Figure: # points with intervals; the isotropic null as a cross beside rank metrics
     "Metrics by category."
-    fig, axes = _axes(len(names), f"By category, pooling “{_label(pool)}”")
     groups = {g: x[0][1] for g, x in _of(metrics, pool, "basic_metrics").items()}
+    fig, axes = _axes(len(names), f"By category, pooling “{_label(pool)}”")
     for ax, name in zip(axes, names):
         for y, e in enumerate(groups.values()):
-            if e[name] is None: continue
-            ci = (e.get("ci") or {}).get(name)
-            ax.errorbar(e[name], y, xerr=ci and [[max(e[name] - ci[0], 0)], [max(ci[1] - e[name], 0)]], fmt="o", color=_COLOURS[y % len(_COLOURS)], capsize=3)
-            if name == "effective_rank" and e["isotropic_null"]: ax.plot(e["isotropic_null"], y, "x", color="#888888")
-        ax.set(xlabel=_label(name), yticks=range(len(groups)), yticklabels=[f"{_label(g)} ({e['n_rows']:,})" for g, e in groups.items()] if ax is axes[0] else [])
+            if e[name] is not None: _draw_category(ax, y, e, name)
+        ax.set(xlabel=_label(name), yticks=range(len(groups)), yticklabels=[f"{_words(g)} ({e['n_rows']:,})" for g, e in groups.items()] if ax is axes[0] else [])
         ax.invert_yaxis()
     return fig
 
-# %% ../nbs/14b_cells.ipynb #2b5238bb
+# %% ../nbs/14b_cells.ipynb #9b0abcf8
 def plot_depth(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
     pool: str = "all", # pooling
 ) -> Figure: # one line a category, over the part of the trace
     "A metric over the depth in the trace."
+    B, groups = metrics.file("depth_profile", pool)["n_bins"], _of(metrics, pool, "depth_profile")
     fig, (ax,) = _axes(title=f"Over the trace, pooling “{_label(pool)}”")
-    B = metrics.raw[pool]["depth_profile"]["n_bins"]
-    for i, (g, points) in enumerate(_of(metrics, pool, "depth_profile").items()):
+    for i, (g, points) in enumerate(groups.items()):
         x = [((at["bin"] + .5) / B, e[name]) for at, e in points if e[name] is not None]
-        if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], linewidth=2 if g == "global" else 1, label=_label(g))
+        if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], linewidth=2 if g[0] == "global" else 1, label=_words(g))
     ax.set(xlabel="place in the trace", ylabel=_label(name), xlim=(0, 1))
     if ax.lines: ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #f0d7cec7
+# %% ../nbs/14b_cells.ipynb #7724ef3e
 def plot_sweep(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
     pool: str = "all", # pooling
-) -> Figure: # one line a category and seed, over the number of rows; for the effective rank the isotropic null
+) -> Figure: # one line a category and seed, over the number of rows; for rank metrics the isotropic null
     "A metric over the number of rows."
+    groups, null = _of(metrics, pool, "token_count_sweep"), {}
     fig, (ax,) = _axes(title=f"The same number of rows for all, pooling “{_label(pool)}”")
-    null = {}
-    for i, (g, points) in enumerate(_of(metrics, pool, "token_count_sweep").items()):
+    for i, (g, points) in enumerate(groups.items()):
         for k, seed in enumerate(sorted({at["seed"] for at, _ in points})):
             x = [(e["n_rows"], e[name]) for at, e in points if at["seed"] == seed and e[name] is not None]
-            if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], label=_label(g) if not k else None)
-        null |= {e["n_rows"]: e["isotropic_null"] for _, e in points if e["isotropic_null"]}
-    if null and name == "effective_rank": ax.plot(*zip(*sorted(null.items())), "--", color="#888888", label="isotropic null")
-    ax.set(xlabel="rows", ylabel=_label(name), xscale="log", yscale="linear" if name.startswith("alpha") else "log")
-    if ax.lines: ax.legend(frameon=False, fontsize="small")
+            if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], label=_words(g) if not k else None)
+        null |= {e["n_rows"]: e[_NULLS[name]] for _, e in points if name in _NULLS and e[_NULLS[name]] is not None}
+    if null: ax.plot(*zip(*sorted(null.items())), "--", color="#888888", label="isotropic null")
+    ax.set(xlabel="rows", ylabel=_label(name))
+    if ax.lines: ax.set(xscale="log", yscale="linear" if name.startswith("alpha") else "log"), ax.legend(frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #d16461b8
+# %% ../nbs/14b_cells.ipynb #deb44cc0
 def plot_cells(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
     pool: str = "all", # pooling
 ) -> Figure: # category × depth; empty where there is no value
     "A metric as a map of category and depth."
+    found, B = _of(metrics, pool, "depth_profile", ("macro",)), metrics.file("depth_profile", pool)["n_bins"]
     fig, (ax,) = _axes(title=f"{_label(name)}, pooling “{_label(pool)}”")
-    found, B = _of(metrics, pool, "depth_profile", ("macro",)), metrics.raw[pool]["depth_profile"]["n_bins"]
     map = np.full((len(found), B), np.nan)
     for y, points in enumerate(found.values()):
         for at, e in points: map[y, at["bin"]] = np.nan if e[name] is None else e[name]
     image = ax.imshow(map, aspect="auto", cmap="viridis") if map.size else None
     if np.isfinite(map).any(): fig.colorbar(image, ax=ax)
-    ax.set(xlabel="part of the trace", yticks=range(len(found)), yticklabels=[_label(g) for g in found])
+    ax.set(xlabel="part of the trace", yticks=range(len(found)), yticklabels=[_words(g) for g in found])
     return fig
 
-# %% ../nbs/14b_cells.ipynb #c85f5e0d
+# %% ../nbs/14b_cells.ipynb #c29f1aff
 def plot_spectra(
     metrics: SpectralMetrics, # of `load_metrics`
     groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all and the categories
     pool: str = "all", # pooling
 ) -> Figure: # of `plot_spectrum`
     "Saved spectra, each with its fit."
-    known = ["global", *(f"macro/{g}" for g in _of(metrics, pool, "basic_metrics", ("macro",)))]
-    return plot_spectrum({g.removeprefix("macro/"): metrics.spectrum(g, pool) for g in groups or known[:6]}, metrics.raw[pool]["basic_metrics"]["conventions"]["preset"])
+    preset, known = metrics.file("basic_metrics", pool)["conventions"]["preset"], {"global": "all"} | {f"macro/{g}": g for _, g in _of(metrics, pool, "basic_metrics", ("macro",))}
+    chosen: dict[str, Spectrum] = {}
+    for key in groups or list(known)[:6]: chosen[key if (name := known.get(key, key)) in chosen else name] = metrics.spectrum(key, pool)
+    return plot_spectrum(chosen, preset)
