@@ -1393,6 +1393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tracebook.spectral._series': ('cells.html#_series', 'tracebook/spectral.py'),
                                     'tracebook.spectral._settings': ('cells.html#_settings', 'tracebook/spectral.py'),
                                     'tracebook.spectral._several': ('cells.html#_several', 'tracebook/spectral.py'),
+                                    'tracebook.spectral._share_between': ('moments.html#_share_between', 'tracebook/spectral.py'),
                                     'tracebook.spectral._shares': ('spectral.html#_shares', 'tracebook/spectral.py'),
                                     'tracebook.spectral._sigma_null': ('spectral.html#_sigma_null', 'tracebook/spectral.py'),
                                     'tracebook.spectral._singular': ('spectral.html#_singular', 'tracebook/spectral.py'),

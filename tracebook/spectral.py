@@ -884,18 +884,26 @@ _LOW, _HIGH = "second moments below the range of float64: scale the rows up", "s
 def _least(n: int, d: int) -> float: return n * d ** 2 * (_TINY / EPS) # the trace up to which lost products may show
 
 # %% ../nbs/14a_moments.ipynb #c45fe3c5
+def _share_between(n: np.ndarray, means: np.ndarray, within: float) -> float: # n [groups], means [groups, d], within: Σ tr M2 of the groups; UndefinedMetric where nothing varies
+    "The share of the means in the variance of the union."
+    if not len(n): raise UndefinedMetric("no rows")
+    rest = means - means[0]
+    with np.errstate(over="ignore", invalid="ignore"): total = (between := float(n @ ((rest - n @ rest / n.sum()) ** 2).sum(1))) + within
+    if not math.isfinite(total): raise UndefinedMetric(_HIGH)
+    if total <= _least(int(n.sum()), means.shape[1]): raise UndefinedMetric(_LOW if total or rest.any() else "all rows are equal")
+    return between / total
+
+# %% ../nbs/14a_moments.ipynb #a14b5e02
+@_or_none
 def between_share(
     states: Iterable[Any], # moments of groups that do not overlap
-) -> float | None: # between 0 and 1; None, with a warning, where nothing varies
+) -> Metric | None: # between 0 and 1; None, with a warning, where nothing varies
     "1 - Σ tr M2 of the groups / tr M2 of their union."
     states = [s for s in states if s.n]
-    n, within = sum(s.n for s in states), sum(s.trace for s in states)
-    if n: means, weights = torch.stack([s.mean.cpu() for s in states]), torch.tensor([s.n for s in states], dtype=torch.float64)
-    rest = means - means[0] if n else None
-    between = (weights @ (rest - weights @ rest / n).square()).sum().item() if n else 0.
-    total = between + within
-    if n and _least(n, rest.shape[1]) < total < math.inf: return between / total
-    warnings.warn(UndefinedMetric("no rows" if not n else _HIGH if not math.isfinite(total) else _LOW if total or rest.any() else "all rows are equal"), stacklevel=2)
+    n, dtype = np.array([s.n for s in states], float), ""
+    for s in states: dtype = _names(dtype, s.dtype)
+    share = _share_between(n, np.array([s.mean.cpu().numpy() for s in states]), sum(s.trace for s in states))
+    return Metric(share, "between_share", Conventions(centered=True, n=int(n.sum()), d=states[0].d, dtype=dtype, method=states[0].method))
 
 # %% ../nbs/14a_moments.ipynb #11c92d0e
 @patch
@@ -2014,16 +2022,13 @@ def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -
         at[last] = _group_entry(work, pool, spectra, g)
     return out
 
-# %% ../nbs/14b_cells.ipynb #78da50de
-def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]:
+# %% ../nbs/14b_cells.ipynb #b53ec8da
+def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]: # the share; why it is None
     "How much of the variance lies between the categories."
     some = [pool.solved[pool.groups.number["macro", x]] for x in work.steps.labels["macro"]]
     some = [s for s in some if s.centered.n]
-    n, means = np.array([s.centered.n for s in some], float), np.array([s.mean for s in some])
-    if not len(some): return None, {"between_share": "no rows"}
-    rest = means - means[0]
-    between, within = float(n @ ((rest - n @ rest / n.sum()) ** 2).sum(1)), sum(s.within for s in some)
-    return (between / (between + within), {}) if between + within else (None, {"between_share": "all rows are equal"})
+    try: return _share_between(np.array([s.centered.n for s in some], float), np.array([s.mean for s in some]), sum(s.within for s in some)), {}
+    except UndefinedMetric as undefined: return None, dict(between_share=undefined.reason)
 
 # %% ../nbs/14b_cells.ipynb #7e088472
 def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:

@@ -1,9 +1,11 @@
 "Collects the rows of the benchmark table and prints it at the end."
+import gc
 import os
 import platform
 from importlib.metadata import version
 
 import pytest
+import torch
 
 ROWS = []
 
@@ -12,6 +14,18 @@ ROWS = []
 def row():
     "Adds a row to the table: what, the figure here, what stands beside it, their ratio, the limit."
     return lambda what, here, beside, ratio, limit: ROWS.append((what, here, beside, f"{ratio:.2f}", limit))
+
+
+@pytest.fixture
+def alone():
+    "One thread, so that the time of the process is the time of the work, and no collections of garbage."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    torch.set_num_threads(threads)
 
 
 def machine():

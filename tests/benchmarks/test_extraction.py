@@ -1,5 +1,4 @@
 "Extraction of hidden states against the bare decoder and against the usual loop: python -m pytest tests/benchmarks/test_extraction.py --slow -q."
-import gc
 import os
 import subprocess
 import sys
@@ -18,20 +17,8 @@ from tracebook.extract import extract_hidden_states
 from tracebook.sources import read_rows, sample_traces
 from tracebook.tokens import make_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 ROUNDS, TRACES, BUDGET, AT_ONCE, VOCABULARY = 5, 96, 4096, 8, 8192
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    "One thread, so that the time of the process is the time of the work, and no collections of garbage."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

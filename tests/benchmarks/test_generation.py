@@ -1,5 +1,4 @@
 "Generation with eviction against plain generate of the same tokens: python -m pytest tests/benchmarks/test_generation.py --slow -q."
-import gc
 import random
 import time
 
@@ -15,24 +14,12 @@ from tracebook.sources import sample_traces
 from tracebook.tokens import add_memento_tokens, make_tokenizer, memento_token_ids
 from tracebook.trace import QWEN3
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 N, AFTER, ROUNDS, WINDOW = 2500, 2000, 3, 512
 TOK = make_tokenizer(sample_traces()["response"], 300)
 add_memento_tokens(TOK)
 IDS = memento_token_ids(TOK)
 PROMPT = [7] * 8
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    "One thread, so that the time of the process is the time of the work, and no collections of garbage."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-    torch.set_num_threads(threads)
 
 
 def model_of(name):

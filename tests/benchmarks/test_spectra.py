@@ -2,7 +2,6 @@
 
 SPECTRA_ROWS and SPECTRA_WIDTH make it smaller for a trial; limits hold for 200,000 rows of width 1,024.
 """
-import gc
 import json
 import os
 import subprocess
@@ -18,21 +17,9 @@ from safetensors.torch import save_file
 
 from tracebook.spectral import METRICS, Spectrum, metrics_row, spectral_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 ROWS, WIDTH = int(os.environ.get("SPECTRA_ROWS", 200_000)), int(os.environ.get("SPECTRA_WIDTH", 1024))
 MACROS, BINS, POOLS = 8, 10, ("all", "mean", "first", "last")
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    "One thread, so that the time of the process is the time of the work, and no collections of garbage."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-    torch.set_num_threads(threads)
 
 
 def seconds(f):
@@ -207,7 +194,7 @@ def test_memory(benchmark, row, tmp_path):
     make_folder(tmp_path/"small", 4000, 256)
     def measure():
         for n in (40_000, 160_000):
-            make_folder(tmp_path/str(n), n, 256)
+            make_folder(tmp_path/str(n), n, 256, trace=500) # enough traces for all groups of the intervals
             done = subprocess.run([sys.executable, script, tmp_path/"small", tmp_path/str(n), tmp_path/f"a{n}", tmp_path/f"b{n}"], capture_output=True, text=True,
                 env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent.parent), OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="100000"))
             assert done.returncode == 0, done.stderr[-2000:]
