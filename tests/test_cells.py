@@ -589,7 +589,7 @@ def test_not_finite(tmp_path, d):
     hurt = matrix.clone()
     for row, value in zip(rows, [torch.nan, torch.inf, -torch.inf] * 2): hurt[row, row % d] = value
     x, s = next((x, s) for x, s in steps if x["global_offset"] + s["token_start"] <= rows[0] < x["global_offset"] + s["token_end"])
-    with pytest.warns(UserWarning, match=rf"{len(rows)} rows hold numbers.*row {rows[0]} \(sample {x['id']}, token {rows[0] - x['global_offset']}\)"): m = run(write(tmp_path / "hurt", hurt, samples), tmp_path / "out", intervals=("global",), counts=[5, 40], svd_rows="all")
+    with pytest.warns(UserWarning, match=rf"left out.*: {len(rows)} rows, the first is row {rows[0]} \(sample {x['id']}, token {rows[0] - x['global_offset']}\)"): m = run(write(tmp_path / "hurt", hurt, samples), tmp_path / "out", intervals=("global",), counts=[5, 40], svd_rows="all")
     valid(m)
     want, found = brute(hurt, samples, 4), entries(m)
     for key, Z in want.items():
@@ -605,7 +605,7 @@ def test_not_finite(tmp_path, d):
 
 def test_nothing_finite(tmp_path):
     Z, samples = torch.full((40, 3), torch.nan), [{"global_offset": 0, "steps": [step(0, 30, "a"), step(30, 40, "b")]}]
-    with pytest.warns(UserWarning, match="40 rows hold"): m = run(write(tmp_path / "s", Z, samples), tmp_path / "out", intervals=("global",), svd_rows="all")
+    with pytest.warns(UserWarning, match="left out .* 40 rows"): m = run(write(tmp_path / "s", Z, samples), tmp_path / "out", intervals=("global",), svd_rows="all")
     valid(m)
     for pool in POOLS: assert m[pool]["basic_metrics"]["global"]["reason"]["rankme"] == "no rows"
 
@@ -614,7 +614,7 @@ def test_overlapping_steps(tmp_path):
     "Steps of somebody else may overlap: their tokens are rows of both, and that is said."
     rng = np.random.default_rng(0)
     Z, samples = torch.from_numpy(rng.normal(size=(40, 3))).float(), [{"global_offset": 0, "num_tokens": 40, "steps": [step(0, 30, "a"), step(20, 36, "b"), step(25, 30, "a")]}]
-    with pytest.warns(UserWarning, match="15 of their tokens"): m = run(write(tmp_path / "s", Z, samples), tmp_path / "out")
+    with pytest.warns(UserWarning, match="overlap: 15 tokens more"): m = run(write(tmp_path / "s", Z, samples), tmp_path / "out")
     valid(m)
     assert m["all"]["basic_metrics"]["counts"] | {"empty_steps": 0} == {"empty_steps": 0, "unannotated_tokens": 4, "overlapping_tokens": 15, "nonfinite_rows": 0}
     for key, Z in brute(Z, samples, 4).items():

@@ -581,7 +581,7 @@ def test_n90_counts():
 def test_a_picture_without_a_spectrum(several):
     fig = plot_spectrum(several)
     fig.canvas.draw()
-    told = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+    told = [t.get_text() for t in fig.legends[0].get_texts()]
     assert len(told) == (len(several) if isinstance(several, dict) else 1)
     plt.close(fig)
     for text, Z in zip(told, several.values() if isinstance(several, dict) else [several]): assert text.endswith(Z.spectrum().reason if isinstance(Z, Moments) else spectrum(Z).reason)

@@ -447,8 +447,8 @@ def _tree_chapter(rows: Any, max_trees: int = 30, progress: bool = True) -> dict
 
 # %% ../nbs/15_book.ipynb #a7531127
 _SPECTRAL = [ # key, label, help
-    ("n_rows", "Rows", "tokens of the group"), ("rankme", "RankMe", "exp of the entropy of the singular values: how many directions are in use; its jackknife interval over traces below, where one was made"), ("isotropic_null_rankme", "of noise", "the RankMe that directionless noise of as many rows would have: a value near it says only how many rows there are"),
-    ("effective_rank", "Effective rank", "the same of the eigenvalues, which are squares: it counts large directions"), ("isotropic_null", "of noise", "the effective rank that directionless noise of as many rows would have"),
+    ("n_rows", "Rows", "tokens of the group"), ("rankme", "RankMe", "exp of the entropy of the singular values: how many directions are in use; its jackknife interval over traces below, where one was made"), ("isotropic_null_rankme", "RankMe of noise", "the RankMe that noise without a preferred direction and of as many rows would have: a value near it says only how many rows there are"),
+    ("effective_rank", "Effective rank", "the same of the eigenvalues, which are squares: it counts large directions"), ("isotropic_null", "Effective rank of noise", "the effective rank that noise without a preferred direction and of as many rows would have"),
     ("alpha", "α", "slope of the spectrum on log-log axes: how fast it falls off"), ("top1_share", "First share", "of the variance, in the largest direction"), ("mean_norm2_share", "Mean share", "of the squared length, in the mean row")]
 
 def _spectral_cell(entry: dict, key: str) -> str:
@@ -462,16 +462,17 @@ def _spectral_table(basic: dict) -> dict:
     groups = [("all", basic["global"]), *((f"segment: {k}", e) for k, e in basic["segments"].items()), *basic["macro"].items()] # labels may be alike
     columns = [dict(key="group", label="Group", help="", numeric=False)] + [dict(key=k, label=l, help=h, numeric=True) for k, l, h in _SPECTRAL]
     rows = [dict(group=_brief(g)) | {k: _spectral_cell(e, k) for k, *_ in _SPECTRAL} for g, e in groups[:60]]
-    said = ", ".join(f"{k} {v}" for k, v in sorted(basic["conventions"].items()) if isinstance(v, (str, int, float)))
-    return dict(columns=columns, rows=rows, caption=visible(f"Conventions: {said}. Groups with different numbers of rows are not comparable as they stand; the sweep below takes the same number of each. A dash is undefined."))
+    c, signs = basic["conventions"], dict(sigma="σ", **{"lambda": "λ"})
+    said = ", ".join([*(f"{k} {v}" for k, v in sorted(c.items()) if isinstance(v, (str, int, float))), f"{signs[c['weights']['rankme']]} for RankMe, {signs[c['weights']['effective_rank']]} for the effective rank, ranks {c['fit'][0]}..{c['fit'][1]} for α"])
+    return dict(columns=columns, rows=rows, caption=visible(f"Conventions: {said}. {f'The first 60 of {len(groups):,} groups. ' if len(groups) > 60 else ''}Groups with different numbers of rows are not comparable as they stand; the sweep below takes the same number of each. A dash is undefined."))
 
 # %% ../nbs/15_book.ipynb #fbea59fb
 _SPECTRAL_PLOTS = ( # name, title, caption, function
-    ("spectra-categories", "By category", "RankMe and α by category, with jackknife intervals over traces where they were made; in brackets, rows.", plot_categories),
+    ("spectra-categories", "By category", "RankMe and α by category, with jackknife intervals over traces where they were made; in brackets rows, in grey the RankMe of noise of as many rows.", plot_categories),
     ("spectra-curves", "Spectra", "Eigenvalues by rank on log-log axes, with the line that was fitted for α and its range.", plot_spectra),
     ("spectra-depth", "Over the trace", "Effective rank by the place in the trace.", plot_depth),
-    ("spectra-sweep", "By number of rows", "The same number of rows drawn from each category: how the number of rows alone moves the metric. The grey line is directionless noise.", plot_sweep),
-    ("spectra-cells", "Category and depth", "Effective rank by category and part of the trace; empty where too few rows are.", plot_cells))
+    ("spectra-sweep", "By number of rows", "The same number of rows drawn from each category: how the number of rows alone moves RankMe. On the right with noise that has no preferred direction.", plot_sweep),
+    ("spectra-cells", "Category and depth", "Effective rank by category and part of the trace; empty where there are fewer than two rows.", plot_cells))
 
 def _spectral_figures(metrics: SpectralMetrics, lost: list[str]) -> Iterator[tuple[str, str, str, Figure]]: # what cannot be drawn goes into lost
     for name, title, caption, plot in _SPECTRAL_PLOTS:

@@ -23,7 +23,7 @@ from .trace import visible
 from .stats import _COLOURS, _axes, _label
 
 # %% auto #0
-__all__ = ['EPS', 'PRESETS', 'Spectrum', 'spectrum', 'Conventions', 'Metric', 'UndefinedMetric', 'stable_rank', 'participation_ratio', 'effective_rank', 'top1_share', 'n90', 'n99', 'mean_norm2_share', 'Preset', 'rankme', 'AlphaFit', 'alpha_req', 'plot_spectrum', 'Explanation', 'explain_conventions', 'isotropic_null', 'anisotropy', 'prompt_entropy', 'lidar', 'metrics_row', 'Moments', 'union', 'between_share', 'FastPathRefused', 'TriangularMoments', 'save_moments', 'load_moments', 'splitmix64', 'row_keys', 'group_of', 'BottomK', 'Interval', 'jackknife', 'METRICS', 'sensitivity', 'metrics_schema', 'spectral_metrics', 'SpectralMetrics', 'load_metrics', 'load_models', 'metrics_table', 'compare_models', 'plot_categories', 'plot_depth', 'plot_sweep', 'plot_cells', 'plot_spectra']
+__all__ = ['EPS', 'PRESETS', 'Spectrum', 'spectrum', 'Conventions', 'Metric', 'UndefinedMetric', 'stable_rank', 'participation_ratio', 'effective_rank', 'top1_share', 'n90', 'n99', 'mean_norm2_share', 'Preset', 'rankme', 'AlphaFit', 'alpha_req', 'plot_spectrum', 'Explanation', 'explain_conventions', 'isotropic_null', 'anisotropy', 'prompt_entropy', 'lidar', 'metrics_row', 'Moments', 'union', 'between_share', 'FastPathRefused', 'TriangularMoments', 'save_moments', 'load_moments', 'splitmix64', 'row_keys', 'group_of', 'BottomK', 'Interval', 'jackknife', 'METRICS', 'sensitivity', 'metrics_schema', 'spectral_metrics', 'SpectralMetrics', 'load_metrics', 'load_models', 'metrics_table', 'compare_models', 'plot_categories', 'plot_depth', 'plot_cells', 'plot_sweep', 'plot_spectra']
 
 # %% ../nbs/14_spectral.ipynb #eaf9e93f
 def _dense(Z: torch.Tensor) -> torch.Tensor: # with the zeros that a sparse tensor does not store
@@ -459,12 +459,13 @@ def _fit_or_none(s: Spectrum, preset: str | Preset, fit: tuple[int, int] | None)
 
 # %% ../nbs/14_spectral.ipynb #e2e139e5
 def _draw(ax: Any, s: Spectrum, name: str, colour: str, fit: AlphaFit | None) -> None:
-    "One spectrum, and its line if it has one."
-    ax.plot(np.arange(1, s.rank + 1), (s.sigma[:s.rank] / s.sigma[0]) ** 2, ".", color=colour, markersize=2.5, alpha=.6, label=f"{name} ({s.n:,} × {s.d:,})".strip())
+    "One spectrum, and its line if it has one, under one name."
+    label = f"{name} ({s.n:,} × {s.d:,})".strip()
+    if fit is not None: label += f": α = {fit.alpha:.3f} over {fit.fit_lo}..{fit.fit_hi}" + ("" if fit.r2 is None else f", R² {fit.r2:.3f}")
+    ax.plot(np.arange(1, s.rank + 1), (s.sigma[:s.rank] / s.sigma[0]) ** 2, ".", color=colour, markersize=2.5, alpha=.45, label=label if fit is None else None)
     if fit is None: return
     ends = np.array([fit.fit_lo, fit.fit_hi], float)
-    ax.plot(ends, np.exp(fit.level) * ends ** -float(fit), "-", color=rcParams["text.color"], linewidth=1, marker="|", markersize=9, zorder=3, label=f"{name and name + ': '}α = {fit.alpha:.3f} over {fit.fit_lo}..{fit.fit_hi}" + ("" if fit.r2 is None else f", R² {fit.r2:.3f}"))
-    ax.axvspan(*ends, color=colour, alpha=.06, linewidth=0)
+    ax.plot(ends, np.exp(fit.level) * ends ** -float(fit), "-", color=colour, linewidth=1.5, marker="|", markersize=9, zorder=3, label=label)
 
 # %% ../nbs/14_spectral.ipynb #1fe90ac5
 def plot_spectrum(
@@ -482,8 +483,9 @@ def plot_spectrum(
         if s.reason: ax.plot([], [], " ", label=f"{name}: {s.reason}".strip(": "))
         else: _draw(ax, s, name, _COLOURS[i % len(_COLOURS)], fits[i])
     scale = "linear" if all(s.reason for _, s in made) else "log"
+    for ends in {(f.fit_lo, f.fit_hi) for f in fits if f is not None}: ax.axvspan(*ends, color="#888888", alpha=.1, linewidth=0)
     ax.set(xscale=scale, yscale=scale, xlabel="rank", ylabel="λ / λ₁")
-    ax.legend(frameon=False, fontsize="small")
+    fig.legend(loc="outside lower center", ncols=1 if len(made) < 3 else 2, frameon=False, fontsize="small")
     return fig
 
 # %% ../nbs/14_spectral.ipynb #7423a78a
@@ -1336,7 +1338,7 @@ def jackknife(
     out = _intervals(named, whole, [s.spectrum(center) for s in _without_each(parts)] if len(parts) > 1 else [], level)
     return out if isinstance(metrics, Mapping) else out[""]
 
-# %% ../nbs/14b_cells.ipynb #bf2aca95
+# %% ../nbs/14b_cells.ipynb #90a2e54f
 import shutil
 import time
 from collections import Counter
@@ -1353,9 +1355,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from tqdm.auto import tqdm
 
-from .extract import HiddenStates, _differences, _folder_name, _strict_json, extract_hidden_states
+from .trace import _count as _n
+from .extract import HiddenStates, Manifest, _differences, _folder_name, _strict_json, extract_hidden_states
 
-# %% ../nbs/14b_cells.ipynb #62a34e9f
+# %% ../nbs/14b_cells.ipynb #12ac8ef1
 def _text(x: Any) -> str: return str(x).encode("utf-8", "backslashreplace").decode()
 
 def _names_of(samples: Sequence[Mapping]) -> list[str]:
@@ -1370,7 +1373,7 @@ def _names_of(samples: Sequence[Mapping]) -> list[str]:
         out.append(new)
     return out
 
-# %% ../nbs/14b_cells.ipynb #5543a456
+# %% ../nbs/14b_cells.ipynb #39614c90
 def _sizes_of(hs: HiddenStates, offset: np.ndarray, reach: np.ndarray) -> np.ndarray: # int64, tokens of each sample
     "What the index says, if it can be right; else the room up to the next sample."
     order, room = np.lexsort((reach, offset)), np.zeros(len(offset), np.int64)
@@ -1384,7 +1387,7 @@ def _coded(values: Sequence[str | None]) -> tuple[list[str], np.ndarray]: # sort
     number = {v: i for i, v in enumerate(labels)} | {None: -1}
     return labels, np.array([number[v] for v in values], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #5449af81
+# %% ../nbs/14b_cells.ipynb #4a37340b
 class _Steps(NamedTuple):
     "The steps of a folder that have tokens, as columns; and what was left out."
     names: list[str] # of samples
@@ -1400,7 +1403,7 @@ class _Steps(NamedTuple):
     unannotated: int # tokens of the folder in no step
     overlapping: int # by how much the tokens of steps exceed those that lie in one: more than 0 if steps overlap
 
-# %% ../nbs/14b_cells.ipynb #23cf1bb2
+# %% ../nbs/14b_cells.ipynb #8dae4c3d
 def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
     "How many of the rows [0, total) lie in none of the ranges [a, b), which may overlap."
     order = np.argsort(a, kind="stable")
@@ -1411,7 +1414,7 @@ def _uncovered(a: np.ndarray, b: np.ndarray, total: int) -> int:
 def _label_of(step: Mapping, *keys: str, default: str | None = None) -> str | None: # the first that is there
     return next((_text(step[k]) for k in keys if step.get(k) is not None), default)
 
-# %% ../nbs/14b_cells.ipynb #9445a5dd
+# %% ../nbs/14b_cells.ipynb #34c3c260
 def _read_steps(hs: HiddenStates) -> _Steps:
     "The index as columns."
     steps = [s for x in hs.samples for s in x["steps"]]
@@ -1426,7 +1429,7 @@ def _read_steps(hs: HiddenStates) -> _Steps:
     left_out = dict(empty=int((~full).sum()), unannotated=none, overlapping=int((end - start).sum()) - (hs.num_tokens - none))
     return _Steps(_names_of(hs.samples), offset, _sizes_of(hs, offset, reach), sample[full], number[full], start[full], end[full], {k: v[0] for k, v in coded.items()}, {k: v[1][full] for k, v in coded.items()}, **left_out)
 
-# %% ../nbs/14b_cells.ipynb #1aaf0b2c
+# %% ../nbs/14b_cells.ipynb #d3f44f43
 class _Pieces(NamedTuple):
     "Consecutive rows that belong to the same groups."
     step: np.ndarray # int64
@@ -1434,7 +1437,7 @@ class _Pieces(NamedTuple):
     n: np.ndarray # rows
     bin: np.ndarray # depth
 
-# %% ../nbs/14b_cells.ipynb #faec5e54
+# %% ../nbs/14b_cells.ipynb #be0d5d20
 def _token_pieces(s: _Steps, bins: int) -> _Pieces:
     "The tokens of all steps, cut where a bin ends."
     T = s.size[s.sample]
@@ -1449,7 +1452,7 @@ def _pooled_pieces(s: _Steps, bins: int) -> _Pieces:
     "One row a step."
     return _Pieces(np.arange(len(s.start)), s.number, np.ones(len(s.start), np.int64), np.minimum(bins - 1, bins * (s.start + s.end) // (2 * s.size[s.sample])))
 
-# %% ../nbs/14b_cells.ipynb #e1ad3086
+# %% ../nbs/14b_cells.ipynb #571972c9
 _CROSSED = {"segments_macro": ("segments", "macro"), "bins/macro": ("bins", "macro"), "bins/segments": ("bins", "segments"), "bins/segments_macro": ("bins", "segments", "macro")}
 
 def _crossed(*codes: np.ndarray) -> tuple[list[tuple], np.ndarray]: # combinations that occur, and the number of each piece's; -1 where one of the codes is
@@ -1459,7 +1462,7 @@ def _crossed(*codes: np.ndarray) -> tuple[list[tuple], np.ndarray]: # combinatio
     out[good] = at
     return list(zip(*(x.tolist() for x in np.unravel_index(found, sizes)))), out
 
-# %% ../nbs/14b_cells.ipynb #80e5b7a9
+# %% ../nbs/14b_cells.ipynb #87f655e4
 def _kinds(s: _Steps, p: _Pieces, by: str, bins: int) -> dict[str, tuple[list[tuple], np.ndarray]]: # kind -> (places of its groups, number of the group of each piece)
     labels, code = s.labels | dict(bins=range(bins)), {k: v[p.step] for k, v in s.code.items()} | dict(bins=p.bin)
     plain = ("segments", "macro", *["micro"] * (by == "category"), "bins")
@@ -1469,13 +1472,13 @@ def _kinds(s: _Steps, p: _Pieces, by: str, bins: int) -> dict[str, tuple[list[tu
         out[kind] = [tuple(labels[k][i] for k, i in zip(parts, x)) for x in found], number
     return out
 
-# %% ../nbs/14b_cells.ipynb #d85227ea
+# %% ../nbs/14b_cells.ipynb #edb07c66
 def _key(kind: str, place: Sequence) -> str:
     "The name of a group in files."
     if kind.startswith("bins/"): return f"bins/{place[0]}/{_key(kind[5:], place[1:])}"
     return "/".join([kind, *(x.replace("%", "%25").replace("/", "%2F") for x in place[:-1]), *map(str, place[-1:])])
 
-# %% ../nbs/14b_cells.ipynb #950d9db8
+# %% ../nbs/14b_cells.ipynb #38456ba6
 def _count(of: np.ndarray, n: int, members: np.ndarray | None = None, rows: np.ndarray | None = None) -> np.ndarray: # int64 [n]
     "Rows of each group, or how many different members its pieces have."
     out = np.zeros(n, np.int64)
@@ -1487,7 +1490,7 @@ def _count(of: np.ndarray, n: int, members: np.ndarray | None = None, rows: np.n
         out += np.bincount(c, minlength=n)
     return out
 
-# %% ../nbs/14b_cells.ipynb #db9c19be
+# %% ../nbs/14b_cells.ipynb #16db68b5
 _BASIC = ("global", "segments", "macro", "micro") # kinds that get the uncentred spectrum, too
 
 def _twins(of: np.ndarray, kind: Sequence[str], own: Collection[str] = _BASIC) -> np.ndarray: # int64 [groups]: who is solved in the place of each; mostly itself
@@ -1498,7 +1501,7 @@ def _twins(of: np.ndarray, kind: Sequence[str], own: Collection[str] = _BASIC) -
     for i, m in enumerate(sums.tolist()): first.setdefault(m, i)
     return np.array([i if k in own else first[m] for i, (k, m) in enumerate(zip(kind, sums.tolist()))], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #5090acc7
+# %% ../nbs/14b_cells.ipynb #57b27d68
 class _Groups(NamedTuple):
     "Who belongs to what."
     kind: list[str] # of each group: global, segments, macro, …
@@ -1511,7 +1514,7 @@ class _Groups(NamedTuple):
     steps: np.ndarray # likewise
     traces: np.ndarray # likewise
 
-# %% ../nbs/14b_cells.ipynb #1c236f5a
+# %% ../nbs/14b_cells.ipynb #b127c596
 def _group(s: _Steps, p: _Pieces, by: str, bins: int, own: Collection[str] = _BASIC) -> _Groups:
     "All groups of the pieces."
     kinds, kind, place, columns = _kinds(s, p, by, bins), [], [], []
@@ -1524,7 +1527,7 @@ def _group(s: _Steps, p: _Pieces, by: str, bins: int, own: Collection[str] = _BA
     of = np.where((of >= 0) & (twin == np.arange(n))[of], of, -1)
     return _Groups(kind, place, {(k, *x): i for i, (k, x) in enumerate(zip(kind, place))}, {k: i for i, k in enumerate(kinds)}, of, twin, *counts)
 
-# %% ../nbs/14b_cells.ipynb #a241e088
+# %% ../nbs/14b_cells.ipynb #cc1e5f77
 class _Drawn(NamedTuple):
     "Rows of a group in the order in which they are drawn."
     rows: np.ndarray # int64: rows of the folder; for pooled rows the step
@@ -1538,7 +1541,7 @@ def _portions_of(n: np.ndarray, most: int) -> Iterator[tuple[int, int]]: # piece
         yield a, b
         a = b
 
-# %% ../nbs/14b_cells.ipynb #7d287bb3
+# %% ../nbs/14b_cells.ipynb #b6dc9cc1
 def _expand(s: _Steps, p: _Pieces, a: int, b: int, pooled: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # piece, place in the sample and row, of each row of the pieces [a, b)
     piece = np.repeat(np.arange(a, b), p.n[a:b])
     place = p.first[piece] + np.arange(len(piece)) - np.repeat(np.cumsum(p.n[a:b]) - p.n[a:b], p.n[a:b])
@@ -1549,7 +1552,7 @@ def _name_keys(s: _Steps, seed: int) -> tuple[np.ndarray, np.ndarray]: # uint64 
     rank[np.array(sorted(range(len(s.names)), key=s.names.__getitem__), np.int64)] = np.arange(len(s.names))
     return np.array([_name_key(seed, x) for x in s.names], np.uint64), rank
 
-# %% ../nbs/14b_cells.ipynb #b1955d7e
+# %% ../nbs/14b_cells.ipynb #4b6dfba2
 def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, seed: int, pooled: bool) -> dict[int, _Drawn]:
     "The k rows of each group with the smallest keys; ties by name and place."
     names, rank = _name_keys(s, seed)
@@ -1568,7 +1571,7 @@ def _draw_rows(s: _Steps, p: _Pieces, column: np.ndarray, groups: int, k: int, s
         bar[kept[0][last]] = kept[1][last]
     return {g: _Drawn(r := kept[4][kept[0] == g], np.arange(len(r) + 1), int(total[g])) for g in np.unique(kept[0]).tolist()}
 
-# %% ../nbs/14b_cells.ipynb #3380ca19
+# %% ../nbs/14b_cells.ipynb #28331774
 def _draw_units(s: _Steps, p: _Pieces, column: np.ndarray, k: int, seed: int, pooled: bool, unit: str) -> dict[int, _Drawn]:
     "All rows of the k steps or traces of each group with the smallest keys."
     (names, rank), out = _name_keys(s, seed), {}
@@ -1587,7 +1590,7 @@ def _draw_units(s: _Steps, p: _Pieces, column: np.ndarray, k: int, seed: int, po
         out[g] = _Drawn(_expand(s, part, 0, len(mine), pooled)[2], np.append(0, upto), len(some))
     return out
 
-# %% ../nbs/14b_cells.ipynb #e6868646
+# %% ../nbs/14b_cells.ipynb #a1c180dd
 _WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64} # integers of the size of a number
 
 class _Store:
@@ -1600,7 +1603,7 @@ class _Store:
     def get(self, at: np.ndarray) -> torch.Tensor: return torch.from_numpy(self.words[at]).view(self.dtype)
     def flush(self) -> None: self.words.flush()
 
-# %% ../nbs/14b_cells.ipynb #03a7f274
+# %% ../nbs/14b_cells.ipynb #4d6ad301
 @dataclass
 class _Solved:
     "A group, when all its rows have come."
@@ -1615,7 +1618,7 @@ class _Solved:
         said = [{k: getattr(s, k) for k in ("n", "d", "centered", "method", "floor", "dtype", "mean_norm", "reason", "note")} for s in spectra]
         _save_bytes(path, lambda f: np.savez(f, said=np.array(json.dumps(dict(spectra=said, within=self.within, ci=self.ci))), mean=np.empty(0) if self.mean is None else self.mean, **{f"s{i}": s.sigma for i, s in enumerate(spectra)}))
 
-# %% ../nbs/14b_cells.ipynb #2e2eccf8
+# %% ../nbs/14b_cells.ipynb #3d92e062
 def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open file
     "A file, whole or not at all."
     part = path.with_name(f".{path.name}.part")
@@ -1625,14 +1628,14 @@ def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open fil
         os.fsync(f.fileno())
     os.replace(part, path)
 
-# %% ../nbs/14b_cells.ipynb #578bde9d
+# %% ../nbs/14b_cells.ipynb #488ba46c
 def _load_solved(path: Path) -> _Solved:
     with np.load(path, allow_pickle=False) as f:
         said = json.loads(str(f["said"]))
         spectra = [Spectrum(f[f"s{i}"], **about) for i, about in enumerate(said["spectra"])]
         return _Solved(spectra[0], (spectra + [None])[1], said["within"], f["mean"] if len(f["mean"]) else None, said["ci"])
 
-# %% ../nbs/14b_cells.ipynb #d101470c
+# %% ../nbs/14b_cells.ipynb #37d08c56
 @dataclass
 class _Pool:
     "The plan for one pooling."
@@ -1646,7 +1649,7 @@ class _Pool:
     counts: tuple[int, ...] = () # of the sweep
     matched: int = 0 # units in the smallest category that has any
 
-# %% ../nbs/14b_cells.ipynb #f32da9b3
+# %% ../nbs/14b_cells.ipynb #2ad6ac3d
 @dataclass
 class _Work:
     "One run: where it reads, where it writes, and its options."
@@ -1668,7 +1671,7 @@ class _Work:
     @property
     def work(self) -> Path: return self.folder/".work"
 
-# %% ../nbs/14b_cells.ipynb #ed80a41e
+# %% ../nbs/14b_cells.ipynb #1f67a079
 def _unit_of(work: _Work, pool: str) -> str: # what is counted in the sweep: a pooled row is a step
     return "step" if pool != "all" and work.o["unit"] == "token" else work.o["unit"]
 
@@ -1684,7 +1687,7 @@ def _counts_for(work: _Work, pool: _Pool) -> tuple[tuple[int, ...], int]: # coun
     some = {c for c in (4 ** k for k in range(20)) if (64 if rows else 4) <= c <= limit}
     return tuple(sorted(some | ({matched} if 2 <= matched <= limit else set()))), matched
 
-# %% ../nbs/14b_cells.ipynb #91d0fb02
+# %% ../nbs/14b_cells.ipynb #64decf68
 def _plan_pool(work: _Work, name: str) -> _Pool:
     "Pieces, groups and draws of a pooling."
     s, o, pooled = work.steps, work.o, name != "all"
@@ -1699,10 +1702,10 @@ def _plan_pool(work: _Work, name: str) -> _Pool:
     for kind in sorted({"global", *o["svd"]}): pool.checked |= rows(kind, _svd_rows(work), min(o["seeds"], default=0))
     return pool
 
-# %% ../nbs/14b_cells.ipynb #20f23360
+# %% ../nbs/14b_cells.ipynb #fe716b19
 def _svd_rows(work: _Work) -> int: return 2 * work.d if not isinstance(work.o["svd_rows"], int) else work.o["svd_rows"]
 
-# %% ../nbs/14b_cells.ipynb #a5392137
+# %% ../nbs/14b_cells.ipynb #9ebdd007
 def _thin(work: _Work, g: _Groups) -> np.ndarray: # bool [groups]
     return g.rows <= work.d
 
@@ -1712,7 +1715,7 @@ def _rows_of(work: _Work, pool: _Pool, group: int) -> np.ndarray: # int64, in th
     mine = _Pieces(*(x[g.of[:, g.column[g.kind[group]]] == group] for x in p))
     return _finite(work, pool.name, _expand(work.steps, mine, 0, len(mine.n), pool.name != "all")[2])
 
-# %% ../nbs/14b_cells.ipynb #8c5140ab
+# %% ../nbs/14b_cells.ipynb #384448bd
 def _finite(work: _Work, pool: str, rows: np.ndarray) -> np.ndarray: # int64: those that can be used
     "References without the rows that are not finite; for after the pass."
     if not len(work.bad): return rows
@@ -1721,7 +1724,7 @@ def _finite(work: _Work, pool: str, rows: np.ndarray) -> np.ndarray: # int64: th
     end = start + (s.end[rows] - s.start[rows] if pool == "mean" else 1)
     return rows[np.searchsorted(work.bad, start) == np.searchsorted(work.bad, end)]
 
-# %% ../nbs/14b_cells.ipynb #5e5655d1
+# %% ../nbs/14b_cells.ipynb #f48995fc
 def _plan(work: _Work) -> None:
     "Everything that can be known before the first row is read."
     s, wanted = work.steps, [np.empty(0, np.int64)]
@@ -1734,7 +1737,25 @@ def _plan(work: _Work) -> None:
     work.wanted = np.unique(np.concatenate(wanted))
     work.trace_group = np.array([group_of(x, work.o["trace_groups"]) for x in s.names], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #abcbee3e
+# %% ../nbs/14b_cells.ipynb #88cac0f9
+@patch(as_prop=True)
+def token_step(self: _Work) -> np.ndarray: # int64 [pieces of tokens]
+    "The step of each piece of tokens."
+    return self.token_pieces.step
+
+@patch(as_prop=True)
+def token_pieces(self: _Work) -> _Pieces:
+    if "_tokens" not in self.__dict__: self._tokens = self.pools["all"].pieces if "all" in self.pools else _token_pieces(self.steps, self.o["n_bins"])
+    return self._tokens
+
+# %% ../nbs/14b_cells.ipynb #b9a4a8ea
+@patch(as_prop=True)
+def by_offset(self: _Work) -> tuple[np.ndarray, np.ndarray]: # sorted first rows of samples with rows, and their numbers
+    order = np.argsort(self.steps.offset, kind="stable")
+    order = order[self.steps.size[order] > 0]
+    return self.steps.offset[order], order
+
+# %% ../nbs/14b_cells.ipynb #bdc11e9c
 def _thin_rows(work: _Work, pool: _Pool) -> np.ndarray: # int64
     "The rows of all pieces that belong to a thin group."
     thin, of = _thin(work, pool.groups), pool.groups.of
@@ -1749,7 +1770,7 @@ def _load(work: _Work, pool: str, rows: np.ndarray) -> torch.Tensor: # [rows, d]
     if pool != "all": rows = s.offset[s.sample[rows]] + (s.start[rows] if pool == "first" else s.end[rows] - 1)
     return work.rows.get(np.searchsorted(work.wanted, rows)).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #34411003
+# %% ../nbs/14b_cells.ipynb #dc4c44ae
 def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     "Means of steps, from the sums of their pieces."
     piece = work.token_step
@@ -1759,7 +1780,7 @@ def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     sums = np.add.reduceat(sums, np.cumsum(b - a) - (b - a), axis=0) if len(steps) else sums
     return torch.from_numpy(sums / (work.steps.end - work.steps.start)[steps, None]).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #ce87f215
+# %% ../nbs/14b_cells.ipynb #f7e8c70b
 def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # pieces of each, in the order of the pass
     "Pieces that belong to the same thick groups (and group of traces, where intervals are wanted)."
     g, thin = pool.groups, _thin(work, pool.groups)
@@ -1770,7 +1791,7 @@ def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # pieces of each, in t
     new = np.flatnonzero(np.any([np.diff(c[at]) != 0 for c in table], axis=0)) + 1
     return np.split(at, new) if len(at) else []
 
-# %% ../nbs/14b_cells.ipynb #f7ffeae2
+# %% ../nbs/14b_cells.ipynb #261429df
 def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: # pieces, and the rows [a, b) of each
     "Blocks of so many rows, from pieces of n rows each."
     ends = np.cumsum(n)
@@ -1779,9 +1800,9 @@ def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.
         k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
         yield k, np.maximum(low - ends[k] + n[k], 0), np.minimum(high - ends[k] + n[k], n[k])
 
-# %% ../nbs/14b_cells.ipynb #758d3eb3
+# %% ../nbs/14b_cells.ipynb #d4197d8d
 def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
-    "The rows of an atom from the folder; on their way they are copied where they are wanted."
+    "The rows of an atom from the folder; on their way some are copied."
     p, s = pool.pieces, work.steps
     base = s.offset[s.sample[p.step[atom]]] + p.first[atom]
     for k, a, b in _blocks(p.n[atom]):
@@ -1790,13 +1811,13 @@ def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.T
         runs = zip(start[np.append(0, new)].tolist(), end[np.append(new - 1, len(end) - 1)].tolist())
         block = torch.cat([work.hs.read(*run) for run in runs])
         _keep(work, block, start, end)
-        sums = block if work.sums is None else _add_sums(work.sums, block, atom[k], a, size)
-        if not torch.isfinite(sums).all(): block = _without_bad(work, block, np.repeat(start - np.cumsum(size) + size, size) + np.arange(len(block)))
+        seen = block if work.sums is None else _add_sums(work.sums, block, atom[k], a, size)
+        if not torch.isfinite(seen).all(): block = _without_bad(work, block, np.repeat(start - np.cumsum(size) + size, size) + np.arange(len(block)))
         yield block
 
-# %% ../nbs/14b_cells.ipynb #54b5d05f
+# %% ../nbs/14b_cells.ipynb #7a1ec3e2
 def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) -> None:
-    "Copy the rows of a block that are wanted to the store."
+    "Copy the rows of a block that wait to the store."
     a, b = np.searchsorted(work.wanted, start), np.searchsorted(work.wanted, end)
     if not (n := b - a).any(): return
     slot = np.repeat(a - np.cumsum(n) + n, n) + np.arange(n.sum())
@@ -1810,7 +1831,7 @@ def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarra
     sums.put(piece, part)
     return part
 
-# %% ../nbs/14b_cells.ipynb #0e63e198
+# %% ../nbs/14b_cells.ipynb #01a84381
 def _without_bad(work: _Work, block: torch.Tensor, rows: np.ndarray) -> torch.Tensor: # the finite rows
     "Leave out what is not finite, and remember its numbers."
     good = torch.isfinite(block).all(1)
@@ -1822,7 +1843,7 @@ def _place(work: _Work, row: int) -> str: # of a row of the folder, in words
     i = int(np.flatnonzero((s.offset <= row) & (row < s.offset + s.size))[0])
     return f"row {row:,} (sample {visible(s.names[i])}, token {row - s.offset[i]:,})"
 
-# %% ../nbs/14b_cells.ipynb #665b012f
+# %% ../nbs/14b_cells.ipynb #1e9b3b1e
 def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Moments], begin: int = 0, after: Callable = lambda i: None, tick: Callable = lambda n: None) -> None:
     "Rows into atoms, atoms into groups, groups into spectra."
     thin, of, left, atoms = _thin(work, pool.groups), pool.groups.of, Counter(), _atoms(work, pool)
@@ -1840,14 +1861,14 @@ def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Mo
             if not left[g]: _close(work, pool, g, states.pop(g))
         after(i + 1)
 
-# %% ../nbs/14b_cells.ipynb #9587aeb7
+# %% ../nbs/14b_cells.ipynb #d44bc10a
 def _absorb(work: _Work, pool: _Pool, states: dict[int, Moments], g: int, state: Moments, piece: int) -> None:
     "Merge an atom into a group, and into its part for the intervals."
     states.setdefault(g, Moments()).absorb(state)
     if pool.groups.kind[g] in work.o["intervals"]:
         pool.parts.setdefault(g, {}).setdefault(int(work.trace_group[work.steps.sample[pool.pieces.step[piece]]]), Moments()).absorb(state)
 
-# %% ../nbs/14b_cells.ipynb #1d62fa96
+# %% ../nbs/14b_cells.ipynb #ff02df5c
 _CI = dict(rankme=rankme, effective_rank=effective_rank, participation_ratio=participation_ratio, stable_rank=stable_rank) # metrics with intervals, and alpha
 
 def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
@@ -1858,7 +1879,7 @@ def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
 
 def _nothing(work: _Work) -> _Solved: return _Solved(Spectrum([], n=0, d=work.d, method="gram")) # a group without rows
 
-# %% ../nbs/14b_cells.ipynb #cebaa52d
+# %% ../nbs/14b_cells.ipynb #eefd92cf
 def _solve_thick(work: _Work, pool: _Pool, g: int, state: Moments) -> _Solved:
     "A group from its moments, and its intervals from those of its parts."
     parts = [m for _, m in sorted(pool.parts.pop(g, {}).items())]
@@ -1870,7 +1891,7 @@ def _ci_metrics(work: _Work) -> dict[str, Callable]: return _CI | dict(alpha=lam
 
 def _bounds(x: Interval) -> list[float] | str: return x.reason or "undefined" if x.lo is None else [x.lo, x.hi]
 
-# %% ../nbs/14b_cells.ipynb #bcea0a89
+# %% ../nbs/14b_cells.ipynb #b033ebe2
 def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     "A group from the products of its rows with each other."
     kind, refs = pool.groups.kind[g], _rows_of(work, pool, g)
@@ -1882,7 +1903,7 @@ def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     if kind in work.o["intervals"]: found.ci = _thin_ci(work, pool, s, Z, refs)
     return found
 
-# %% ../nbs/14b_cells.ipynb #54ad4fdf
+# %% ../nbs/14b_cells.ipynb #46c3ac27
 def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.ndarray) -> dict:
     "The jackknife, with rows in the place of moments."
     sample = work.steps.sample[refs] if pool.name != "all" else np.searchsorted(work.by_offset[0], refs, "right") - 1
@@ -1891,25 +1912,7 @@ def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.nd
     without = (spectrum(Z[torch.from_numpy(of != k).to(Z.device)], True, "gram") for k in (groups if len(groups) > 1 else ()))
     return {k: _bounds(x) for k, x in _intervals(_ci_metrics(work), s, without, .95).items()}
 
-# %% ../nbs/14b_cells.ipynb #6d06fa52
-@patch(as_prop=True)
-def token_step(self: _Work) -> np.ndarray: # int64 [pieces of tokens]
-    "The step of each piece of tokens."
-    return self.token_pieces.step
-
-@patch(as_prop=True)
-def token_pieces(self: _Work) -> _Pieces:
-    if "_tokens" not in self.__dict__: self._tokens = self.pools["all"].pieces if "all" in self.pools else _token_pieces(self.steps, self.o["n_bins"])
-    return self._tokens
-
-# %% ../nbs/14b_cells.ipynb #5c0e06d8
-@patch(as_prop=True)
-def by_offset(self: _Work) -> tuple[np.ndarray, np.ndarray]: # sorted first rows of samples with rows, and their numbers
-    order = np.argsort(self.steps.offset, kind="stable")
-    order = order[self.steps.size[order] > 0]
-    return self.steps.offset[order], order
-
-# %% ../nbs/14b_cells.ipynb #a44b7237
+# %% ../nbs/14b_cells.ipynb #54efcfe0
 _SAVE_EVERY = 60. # seconds
 
 def _token_pass(work: _Work, progress: bool) -> None:
@@ -1924,20 +1927,20 @@ def _token_pass(work: _Work, progress: bool) -> None:
         _accumulate(work, pool, _read_blocks, states, begin, after, bar.update)
     _save_states(work, pool, states, len(_atoms(work, pool)))
 
-# %% ../nbs/14b_cells.ipynb #79b07f77
+# %% ../nbs/14b_cells.ipynb #379d012c
 def _no_groups(p: _Pieces) -> _Groups:
     "For a pass that only fills the store."
     none = np.zeros(1, np.int64)
     return _Groups(["global"], [()], {("global",): 0}, {"global": 0}, np.full((len(p.n), 1), -1), none, none, none, none)
 
-# %% ../nbs/14b_cells.ipynb #395af26d
+# %% ../nbs/14b_cells.ipynb #28916327
 def _save_states(work: _Work, pool: _Pool, states: dict[int, Moments], done: int) -> None:
     "A point to go on from."
     for store in (work.rows, work.sums): store.flush() if store is not None else None
     parts = {f"{g}/{k}": m for g, some in pool.parts.items() for k, m in some.items()}
     save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done, bad=work.bad.tolist()))
 
-# %% ../nbs/14b_cells.ipynb #67ef5f95
+# %% ../nbs/14b_cells.ipynb #0ffcafa9
 def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # states by group, atoms that are done
     "Where the last run stopped."
     states, (found, extra) = {}, load_moments(work.work/"states.safetensors")
@@ -1952,7 +1955,7 @@ def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # stat
     work.bad = np.array(extra["bad"], np.int64)
     return states, extra["done"]
 
-# %% ../nbs/14b_cells.ipynb #3355b4aa
+# %% ../nbs/14b_cells.ipynb #baf372b8
 def _go_on(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # as `_restore`, or nothing at all
     "What can be gone on with; a checkpoint that cannot be read is dropped with a warning."
     if not (work.work/"states.safetensors").exists(): return {}, 0
@@ -1967,13 +1970,13 @@ def _go_on(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # as `_r
         work.bad = np.empty(0, np.int64)
         return {}, 0
 
-# %% ../nbs/14b_cells.ipynb #85c1eaa9
+# %% ../nbs/14b_cells.ipynb #92cf9133
 def _pooled_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "Pooled rows of an atom."
     steps = _finite(work, pool.name, pool.pieces.step[atom])
     for at in range(0, max(len(steps), 1), _CHUNK): yield _load(work, pool.name, steps[at:at + _CHUNK])
 
-# %% ../nbs/14b_cells.ipynb #c9ec4798
+# %% ../nbs/14b_cells.ipynb #6cd3af8d
 def _solve_all(work: _Work, progress: bool) -> None:
     "Every group of every pooling."
     if isinstance(work.o["svd_rows"], str) and "all" in work.pools:
@@ -1985,13 +1988,13 @@ def _solve_all(work: _Work, progress: bool) -> None:
         own = pool.groups.twin == np.arange(len(pool.groups.kind))
         for g in np.flatnonzero(_thin(work, pool.groups) & own).tolist(): pool.solved[g] = _solve_thin(work, pool, g)
 
-# %% ../nbs/14b_cells.ipynb #1dc6891c
+# %% ../nbs/14b_cells.ipynb #f20d0f2d
 _WHOLE = ("n90", "n99")
 
 def _plain(name: str, x: Any) -> Any: # what JSON can hold
     return x if x is None or isinstance(x, (bool, int, str)) else int(x) if name in _WHOLE else float(x)
 
-# %% ../nbs/14b_cells.ipynb #c496de65
+# %% ../nbs/14b_cells.ipynb #d5186f91
 def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
     "One entry: metrics, counts, reasons."
     row = metrics_row(found.centered, found.uncentered, preset=work.o["preset"])
@@ -2003,7 +2006,7 @@ def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
         reason |= {f"ci.{k}": v for k, v in found.ci.items() if isinstance(v, str)}
     return out | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #b4cb560c
+# %% ../nbs/14b_cells.ipynb #347370aa
 def _group_entry(work: _Work, pool: _Pool, spectra: dict, g: int) -> dict:
     "The entry of a group, and its spectra."
     kind, key, found = pool.groups.kind[g], _key(pool.groups.kind[g], pool.groups.place[g]), pool.solved[pool.groups.twin[g]]
@@ -2012,7 +2015,7 @@ def _group_entry(work: _Work, pool: _Pool, spectra: dict, g: int) -> dict:
     if found.uncentered is not None: spectra[f"{key}/uncentered"] = torch.from_numpy(found.uncentered.sigma.copy())
     return _entry(work, found, n_steps=int(pool.groups.steps[g]), n_traces=int(pool.groups.traces[g]), spectrum=key)
 
-# %% ../nbs/14b_cells.ipynb #c1070e41
+# %% ../nbs/14b_cells.ipynb #0e3279fe
 def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -> entry, or label -> label -> entry, …
     "All entries of a kind."
     out: dict = {}
@@ -2022,7 +2025,7 @@ def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -
         at[last] = _group_entry(work, pool, spectra, g)
     return out
 
-# %% ../nbs/14b_cells.ipynb #b53ec8da
+# %% ../nbs/14b_cells.ipynb #e2eae1a9
 def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]: # the share; why it is None
     "How much of the variance lies between the categories."
     some = [pool.solved[pool.groups.number["macro", x]] for x in work.steps.labels["macro"]]
@@ -2030,7 +2033,7 @@ def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]: # the share
     try: return _share_between(np.array([s.centered.n for s in some], float), np.array([s.mean for s in some]), sum(s.within for s in some)), {}
     except UndefinedMetric as undefined: return None, dict(between_share=undefined.reason)
 
-# %% ../nbs/14b_cells.ipynb #7e088472
+# %% ../nbs/14b_cells.ipynb #95754a1e
 def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "basic_metrics.json without its head."
     s, tree = work.steps, lambda kind: _tree(work, pool, spectra, kind)
@@ -2040,14 +2043,14 @@ def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     counts = dict(empty_steps=s.empty, unannotated_tokens=s.unannotated, overlapping_tokens=s.overlapping, nonfinite_rows=bad)
     return out | dict(between_share=share, counts=counts) | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #8d6c296d
+# %% ../nbs/14b_cells.ipynb #3e376517
 def _depth_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "depth_profile.json without its head."
     B, plain, trees = work.o["n_bins"], _tree(work, pool, spectra, "bins"), {k: _tree(work, pool, spectra, f"bins/{k}") for k in ("macro", "segments", "segments_macro")}
     bins = [dict(bin=b, lo=b / B, hi=(b + 1) / B) | {k: t.get(b, {}) for k, t in trees.items()} | plain[b] for b in range(B)]
     return dict(n_bins=B, bin_edges=[b / B for b in range(B + 1)], position="token" if pool.name == "all" else "step_center", bins=bins)
 
-# %% ../nbs/14b_cells.ipynb #b0731705
+# %% ../nbs/14b_cells.ipynb #020dc9c2
 def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[int, Spectrum]]: # count, spectrum
     "Spectra of the first so many units, for each count that the group has."
     state, done = Moments(), 0
@@ -2058,7 +2061,7 @@ def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[in
         done = upto
         yield count, state.spectrum()
 
-# %% ../nbs/14b_cells.ipynb #cc2c7a3b
+# %% ../nbs/14b_cells.ipynb #a9ce5551
 def _series(work: _Work, pool: _Pool, spectra: dict, g: int, seed: int) -> list[dict]:
     "The entries of one group and seed."
     key, drawn, out = _key(pool.groups.kind[g], pool.groups.place[g]), pool.drawn.get((g, seed)), []
@@ -2069,7 +2072,7 @@ def _series(work: _Work, pool: _Pool, spectra: dict, g: int, seed: int) -> list[
     short = [c for c in pool.counts if c > units]
     return out + [dict(count=c, seed=seed, n_rows=None, reason={"count": f"the group has {units:,}"}) for c in short[:1]]
 
-# %% ../nbs/14b_cells.ipynb #f6fd3a64
+# %% ../nbs/14b_cells.ipynb #c89d6334
 def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "token_count_sweep.json without its head."
     name = lambda x: f"macro/{x}" if x == "global" or x.startswith("macro/") else x
@@ -2077,7 +2080,7 @@ def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     told = {k: [e for seed in work.o["seeds"] for e in _series(work, pool, spectra, g, seed)] for k, g in series.items()}
     return dict(sampler="bottomk-splitmix64", seeds=list(work.o["seeds"]), unit=_unit_of(work, pool.name), counts=list(pool.counts), matched_count=pool.matched, series=told)
 
-# %% ../nbs/14b_cells.ipynb #0d6301c2
+# %% ../nbs/14b_cells.ipynb #61becedb
 def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum, Spectrum]: # centred covariance, centred SVD, uncentred SVD
     if pool.name == "all" and g in work.triangles: return pool.solved[g].centered, work.triangles[g].spectrum(), work.triangles[g].spectrum(center=False)
     refs = _rows_of(work, pool, g) if isinstance(work.o["svd_rows"], str) else _finite(work, pool.name, np.sort(pool.checked[g].rows))
@@ -2088,7 +2091,7 @@ def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum,
         state.update(Z), triangle.update(Z)
     return state.spectrum(), triangle.spectrum(), triangle.spectrum(center=False)
 
-# %% ../nbs/14b_cells.ipynb #9ea4d02a
+# %% ../nbs/14b_cells.ipynb #9b9f68d7
 def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why: dict[str, str] = {}
     fit = _try(why, "alpha", alpha_req, s, Preset("same", None, None, fit=PRESETS[work.o["preset"]].fit))
@@ -2096,12 +2099,12 @@ def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why |= {k: s.reason for k in ("rankme", "sigma_min_rel") if out[k] is None}
     return {k: _plain(k, v) for k, v in out.items()} | (dict(reason=why) if why else {})
 
-# %% ../nbs/14b_cells.ipynb #f0e307e2
+# %% ../nbs/14b_cells.ipynb #c555fd99
 def _gap(a: dict, b: dict) -> dict: # of two routes
     rel = lambda k: None if a[k] is None or b[k] is None else a[k] / b[k] - 1
     return dict(effective_rank_rel=rel("effective_rank"), rankme_rel=rel("rankme"), alpha_abs=None if a["alpha"] is None or b["alpha"] is None else a["alpha"] - b["alpha"])
 
-# %% ../nbs/14b_cells.ipynb #93185410
+# %% ../nbs/14b_cells.ipynb #71799b6e
 def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "svd_vs_covariance.json without its head."
     out, names = {}, ("centered_covariance", "centered_svd", "uncentered_svd")
@@ -2115,7 +2118,7 @@ def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
             definition=_gap(told["uncentered_svd"], told["centered_svd"]), max_sigma_rel_err=error, error_bound=found[0].max_rel_error)
     return dict(groups=out)
 
-# %% ../nbs/14b_cells.ipynb #3e478ede
+# %% ../nbs/14b_cells.ipynb #779eb804
 def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> Iterator[tuple[str, float, torch.Tensor]]: # what, how much, rows
     "The variants of a matrix of rows."
     yield "as stored", 0., Z
@@ -2127,7 +2130,7 @@ def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> I
     for k in dims:
         if k < Z.shape[1]: yield "largest dimensions left out", float(k), Z[:, big[k:].sort().values]
 
-# %% ../nbs/14b_cells.ipynb #825cfda4
+# %% ../nbs/14b_cells.ipynb #8877db1b
 def sensitivity(
     Z: Any, # rows [n, d]
     tokens: Sequence[float] = (.005,), # shares of the rows that are left out, those with the largest norms
@@ -2142,7 +2145,7 @@ def sensitivity(
         out.append(dict(change=change, amount=amount, n_rows=len(X), hidden_dim=X.shape[1]) | found | _gap(found, out[0] if out else found) | (dict(reason=row["reason"]) if row["reason"] else {}))
     return tuple(out)
 
-# %% ../nbs/14b_cells.ipynb #5bd67d8d
+# %% ../nbs/14b_cells.ipynb #6db2293d
 _FILES = dict(basic_metrics=_basic_file, depth_profile=_depth_file, token_count_sweep=_sweep_file, svd_vs_covariance=_svd_file)
 _SCHEMA = "tracebook/spectral/{}/1"
 
@@ -2162,7 +2165,7 @@ def _by_metric(preset: str) -> dict[str, dict]: # name -> preset, weights, cente
 def _write_strict(path: Path, value: Mapping) -> None:
     _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()))
 
-# %% ../nbs/14b_cells.ipynb #cea47695
+# %% ../nbs/14b_cells.ipynb #72483d76
 def _head(work: _Work, pool: _Pool, name: str) -> dict:
     "What every file begins with."
     config, p = work.hs.config, PRESETS[work.o["preset"]]
@@ -2170,14 +2173,14 @@ def _head(work: _Work, pool: _Pool, name: str) -> dict:
     conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown", metrics=_by_metric(p.name))
     return dict(schema=_SCHEMA.format(name), created_by=f"tracebook {version('tracebook')}", source=source | dict(stage=source["stage"] or "unknown"), conventions=conventions, pool=pool.name, hidden_dim=work.d)
 
-# %% ../nbs/14b_cells.ipynb #e87b4e7f
+# %% ../nbs/14b_cells.ipynb #677caed7
 def _sensitivity_file(work: _Work, pool: _Pool) -> dict:
     "sensitivity.json without its head: of the rows on which routes are compared."
     rows = _finite(work, pool.name, np.sort(pool.checked[0].rows)) if 0 in pool.checked else np.empty(0, np.int64)
     told = sensitivity(_load(work, pool.name, rows), preset=work.o["preset"]) if len(rows) > 1 else ()
     return dict(n_rows=len(rows), all_rows=len(rows) == int(pool.groups.rows[0]), changes=list(told))
 
-# %% ../nbs/14b_cells.ipynb #256692a3
+# %% ../nbs/14b_cells.ipynb #b8624e03
 def _write_pool(work: _Work, pool: _Pool) -> None:
     "The folder of one pooling."
     folder, spectra = work.folder/f"pool_{pool.name}", {}
@@ -2186,7 +2189,7 @@ def _write_pool(work: _Work, pool: _Pool) -> None:
     if pool.name in work.o["sensitivity"]: _write_strict(folder/"sensitivity.json", _head(work, pool, "sensitivity") | _sensitivity_file(work, pool))
     _save_bytes(folder/f"spectra_{pool.name}.safetensors", lambda f: f.write(to_bytes(spectra)))
 
-# %% ../nbs/14b_cells.ipynb #33dd0f9a
+# %% ../nbs/14b_cells.ipynb #e10f1f0c
 _POOLINGS = ("all", "mean", "first", "last")
 _KINDS = (*_BASIC, "bins", *_CROSSED)
 _CHOICES = dict(poolings=_POOLINGS, sensitivity=_POOLINGS, svd=_BASIC, intervals=_KINDS) # lists
@@ -2197,14 +2200,14 @@ def _some(name: str, given: Any, known: Sequence[str]) -> list[str]: # ValueErro
     if some is None or len({*map(str, some)}) < len(some) or any(x not in known for x in some): raise ValueError(f"{name}={given!r}; choose some of {', '.join(known)}, each once")
     return some
 
-# %% ../nbs/14b_cells.ipynb #c0e6c217
+# %% ../nbs/14b_cells.ipynb #0310f486
 def _several(name: str, given: Any, least: float = -math.inf) -> list[int]: # in the order given, each once; ValueError for what is no whole number
     many = isinstance(given, (Collection, np.ndarray)) and not isinstance(given, (str, bytes))
     return list(dict.fromkeys(_whole(name, x, least) for x in (given if many else [given])))
 
-# %% ../nbs/14b_cells.ipynb #9fd7856a
+# %% ../nbs/14b_cells.ipynb #49b288d3
 def _check(o: dict) -> dict:
-    "Settings that can be; ValueError for others."
+    "Valid settings; ValueError for others."
     o |= {name: _some(name, o[name], known) for name, known in _CHOICES.items() if not (name == "intervals" and o[name] is None)}
     if not o["poolings"]: raise ValueError(f"poolings={o['poolings']!r}; choose at least one of {', '.join(_POOLINGS)}")
     for name, known in _WORDS_OF.items():
@@ -2216,14 +2219,14 @@ def _check(o: dict) -> dict:
     if o["svd_rows"] not in (None, "all"): o["svd_rows"] = _whole("svd_rows", o["svd_rows"], 2)
     return o
 
-# %% ../nbs/14b_cells.ipynb #903df71d
+# %% ../nbs/14b_cells.ipynb #ef63b82a
 def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
     "What the states are: config and index as JSON with sorted keys."
     digest = hashlib.sha256()
     for part in (hs.config, *hs.samples): digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
     return digest.hexdigest()
 
-# %% ../nbs/14b_cells.ipynb #01d84198
+# %% ../nbs/14b_cells.ipynb #881312cc
 def _expected(o: Mapping) -> list[str]: # files of a complete run, relative to its folder
     names = lambda p: [*(f"{f}.json" for f in _FILES), *["sensitivity.json"] * (p in o["sensitivity"]), f"spectra_{p}.safetensors"]
     return [f"pool_{p}/{name}" for p in o["poolings"] for name in names(p)]
@@ -2235,7 +2238,7 @@ def _said(path: Path) -> dict: # of run.json; ValueError if it is damaged
     except ValueError as e: raise ValueError(f"{visible(str(path))} is damaged ({e}): give resume=False to begin again") from None
     return said
 
-# %% ../nbs/14b_cells.ipynb #0b7589f6
+# %% ../nbs/14b_cells.ipynb #3392cba0
 def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is done already
     "A new folder, or one to go on with; ValueError for one of other settings, or of somebody else."
     path = folder/"run.json"
@@ -2248,14 +2251,14 @@ def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is
     _write_strict(path, dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
     return False
 
-# %% ../nbs/14b_cells.ipynb #ed676904
+# %% ../nbs/14b_cells.ipynb #57717a87
 def _clear_metrics(folder: Path) -> None:
     "Remove what a run has written, and nothing else."
     shutil.rmtree(folder/".work", ignore_errors=True)
     for pool in _POOLINGS:
         for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool}.safetensors"): (folder/f"pool_{pool}"/name).unlink(missing_ok=True)
 
-# %% ../nbs/14b_cells.ipynb #f053a9b4
+# %% ../nbs/14b_cells.ipynb #480a673a
 def _device(device: Any) -> torch.device: # ValueError for one that cannot be used
     try:
         there = torch.device("cpu" if device is None else device)
@@ -2263,7 +2266,7 @@ def _device(device: Any) -> torch.device: # ValueError for one that cannot be us
         return there
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e: raise ValueError(f"device={device!r} cannot be used here: {visible(str(e).splitlines()[0])[:200]}") from None
 
-# %% ../nbs/14b_cells.ipynb #8a36b41a
+# %% ../nbs/14b_cells.ipynb #338f9028
 _INTERVALS_UPTO = 512
 
 def _settings(o: dict, hs: HiddenStates) -> dict:
@@ -2272,13 +2275,13 @@ def _settings(o: dict, hs: HiddenStates) -> dict:
     some = ["global", "segments", "macro"] if hs.hidden_dim <= _INTERVALS_UPTO else []
     return o | dict(intervals=some if o["intervals"] is None else o["intervals"], source=_source_hash(hs))
 
-# %% ../nbs/14b_cells.ipynb #63b8b531
+# %% ../nbs/14b_cells.ipynb #ae6cd3bb
 def _say(work: _Work) -> None:
     s = work.steps
-    if s.overlapping: warnings.warn(f"steps overlap: {s.overlapping:,} of their tokens are counted more than once", stacklevel=4)
-    if n := len(work.bad): warnings.warn(f"{n:,} rows hold numbers that are not finite and are left out; the first is {_place(work, int(work.bad[0]))}", stacklevel=4)
+    if s.overlapping: warnings.warn(f"steps overlap: {_n(s.overlapping, 'token')} more than lie in steps", stacklevel=4)
+    if n := len(work.bad): warnings.warn(f"left out for numbers that are not finite: {_n(n, 'row')}, the first is {_place(work, int(work.bad[0]))}", stacklevel=4)
 
-# %% ../nbs/14b_cells.ipynb #0db4addb
+# %% ../nbs/14b_cells.ipynb #b426bda2
 def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, progress: bool) -> None:
     "Plan, pass, files."
     o, device = _settings(o, hs), _device(device)
@@ -2295,12 +2298,12 @@ def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, pro
         work.rows = work.sums = None
     shutil.rmtree(folder/".work", ignore_errors=done)
 
-# %% ../nbs/14b_cells.ipynb #aa3f89d5
+# %% ../nbs/14b_cells.ipynb #75851bf1
 def spectral_metrics(
-    hidden_states_or_folder: Any = None, # a `HiddenStates` or its folder; None: the toy's states on its own annotated traces, made first
+    hidden_states_or_folder: Any = None, # a `HiddenStates`, its folder, or what `extract_hidden_states` returned; None: the toy's states on its own annotated traces, made first
     out_dir: str | Path | None = None, # the folder to write; None: `spectral_metrics/` and the name of the model
     *,
-    poolings: Sequence[str] = _POOLINGS, # "all": each token; "mean", "first", "last": one row a step
+    poolings: Sequence[str] = _POOLINGS, # "all": each token of a step; "mean", "first", "last": one row a step
     groups: str = "macro", # "macro", or "category" for the fine labels as well
     n_bins: int = 10, # parts of a trace
     counts: Sequence[int] | None = None, # of the sweep; None: powers of 4, and the smallest category
@@ -2322,13 +2325,14 @@ def spectral_metrics(
     o = _check(dict(poolings=poolings, groups=groups, n_bins=n_bins, counts=counts, seeds=seeds, unit=unit, preset=preset, intervals=intervals, trace_groups=trace_groups, svd=svd, svd_rows=svd_rows, sensitivity=sensitivity))
     with TemporaryDirectory() as made:
         if hidden_states_or_folder is None: extract_hidden_states(out_dir=(hidden_states_or_folder := made), progress=False)
-        hs = hidden_states_or_folder if isinstance(hidden_states_or_folder, HiddenStates) else HiddenStates(hidden_states_or_folder)
+        given = hidden_states_or_folder
+        hs = given if isinstance(given, HiddenStates) else HiddenStates(given.folder if isinstance(given, Manifest) else given)
         name = _folder_name(str(hs.config.get("model") or hs.folder.name))
         folder = Path(out_dir) if out_dir is not None else Path(root or ".")/"spectral_metrics"/name
         _run(hs, folder, o, device, resume, progress)
     return load_metrics(folder)
 
-# %% ../nbs/14b_cells.ipynb #b6eb43df
+# %% ../nbs/14b_cells.ipynb #7c9f2d1e
 @dataclass(repr=False)
 class SpectralMetrics:
     "The metrics of one model; made by `load_metrics`."
@@ -2349,11 +2353,11 @@ class SpectralMetrics:
         told = [f"{len(x)} {what}" for x, what in ((self.problems, "damaged"), (self.missing, "missing"), (self.foreign, "of others")) if x]
         return visible(f"SpectralMetrics({self.model}: {', '.join(self.pools)}{told and '; files ' + ', '.join(told) or ''})")
 
-# %% ../nbs/14b_cells.ipynb #72de45ed
+# %% ../nbs/14b_cells.ipynb #4f2af11f
 def _ours(value: Any) -> bool: # whether a file says that it is from here, in this version
     return isinstance(value, dict) and isinstance(value.get("source"), dict) and any(value.get("schema") == _SCHEMA.format(k) for k in (*_FILES, "sensitivity"))
 
-# %% ../nbs/14b_cells.ipynb #36c77c4d
+# %% ../nbs/14b_cells.ipynb #7b53d542
 @cache
 def _validator(name: str) -> Any: # of JSON Schema, for one kind of file; made once
     from jsonschema import Draft202012Validator
@@ -2366,7 +2370,7 @@ def _wrong(value: dict) -> str | None: # None: it is as it should be
     error = best_match(_validator(name).iter_errors(value))
     return error and f"at {'.'.join(map(str, error.absolute_path)) or 'the top'}: {error.message[:200]}"
 
-# %% ../nbs/14b_cells.ipynb #76274916
+# %% ../nbs/14b_cells.ipynb #7ad019e9
 def load_metrics(
     folder: str | Path, # with folders pool_all, pool_mean, …
     max_json: int = 1 << 28, # bytes of a file
@@ -2382,7 +2386,7 @@ def load_metrics(
         if _ours(out.raw[pool.name[5:]].get("basic_metrics")) and not spectra.is_file(): out.missing.append(f"{pool.name}/{spectra.name}")
     return out
 
-# %% ../nbs/14b_cells.ipynb #515948c1
+# %% ../nbs/14b_cells.ipynb #39d5ba69
 def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     "One file into the metrics, or into what is wrong with them."
     name = f"{pool.name}/{path.name}"
@@ -2395,7 +2399,7 @@ def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     out.raw[pool.name[5:]][path.stem] = value
     if not ours: out.foreign.append(name)
 
-# %% ../nbs/14b_cells.ipynb #cb8a9b6c
+# %% ../nbs/14b_cells.ipynb #62fb5f47
 def load_models(
     root: str | Path, # a tree `<model>/pool_all/…`, or the folder above it
 ) -> dict[str, SpectralMetrics]: # by name of the folder
@@ -2404,7 +2408,7 @@ def load_models(
     root = root/"spectral_metrics" if (root/"spectral_metrics").is_dir() else root
     return {p.name: load_metrics(p) for p in sorted(root.iterdir()) if p.is_dir() and any(q.is_dir() for q in p.glob("pool_*"))}
 
-# %% ../nbs/14b_cells.ipynb #924bbfa2
+# %% ../nbs/14b_cells.ipynb #61ac1b4e
 @patch
 def file(self: SpectralMetrics,
     name: str, # "basic_metrics", "depth_profile", "token_count_sweep", "svd_vs_covariance" or "sensitivity"
@@ -2415,7 +2419,7 @@ def file(self: SpectralMetrics,
     if _ours(value): return value
     raise ValueError(next((p for p in self.problems if p.startswith(path)), f"{path} is {'not from here' if value is not None else 'missing'}") + f" in {visible(str(self.folder))}")
 
-# %% ../nbs/14b_cells.ipynb #95c09135
+# %% ../nbs/14b_cells.ipynb #02b44da0
 @patch
 def spectrum(self: SpectralMetrics,
     group: str = "global", # the key of an entry's `spectrum`, such as "macro/Plan" or "bins/3"
@@ -2428,7 +2432,7 @@ def spectrum(self: SpectralMetrics,
     head = next(f for f in self.raw[pool].values() if _ours(f))
     return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=head["hidden_dim"], centered=centered, dtype=head["conventions"]["dtype"], mean_norm=entry.get("mean_norm"))
 
-# %% ../nbs/14b_cells.ipynb #c58c17be
+# %% ../nbs/14b_cells.ipynb #5376be30
 @patch
 def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
     cache, path = self.__dict__.setdefault("_loaded", {}), self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors"
@@ -2438,13 +2442,13 @@ def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
         if any(t.dtype != torch.float64 or t.ndim != 1 for t in cache[pool].values()): raise ValueError(f"{visible(str(path))} holds tensors that are no spectra")
     return cache[pool]
 
-# %% ../nbs/14b_cells.ipynb #8fbb607f
+# %% ../nbs/14b_cells.ipynb #afc01051
 def _leaves(kind: str, tree: Mapping) -> Iterator[tuple[dict, dict]]: # kind, segment and group; entry
     "The entries of one kind: a dictionary, or for crossings one of dictionaries."
     if kind == "segments_macro": yield from ((dict(kind=kind, segment=x, group=y), e) for x, inner in tree.items() for y, e in inner.items())
     else: yield from ((dict(kind=kind, segment=x if kind == "segments" else None, group=x), e) for x, e in tree.items())
 
-# %% ../nbs/14b_cells.ipynb #d515e090
+# %% ../nbs/14b_cells.ipynb #824dc063
 _PLACE = dict(kind="global", segment=None, group="global", bin=None, count=None, seed=None)
 
 def _levels(entry: Mapping) -> Iterator[tuple[dict, dict]]: # of basic_metrics, or of one bin
@@ -2465,12 +2469,12 @@ def entries(self: SpectralMetrics,
         at = dict(file="token_count_sweep") | _PLACE | ({} if x == "global" else dict(kind="macro", group=x.removeprefix("macro/")))
         yield from ((at | dict(count=e["count"], seed=e["seed"]), e) for e in series if e["n_rows"] is not None)
 
-# %% ../nbs/14b_cells.ipynb #07723af6
+# %% ../nbs/14b_cells.ipynb #1216f89b
 @patch
 def _entry(self: SpectralMetrics, pool: str, group: str) -> dict | None: # by the key of its spectrum
     return next((e for _, e in self.entries(pool) if e.get("spectrum") == group), None)
 
-# %% ../nbs/14b_cells.ipynb #fe49d15b
+# %% ../nbs/14b_cells.ipynb #27c759be
 METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null", "isotropic_null_rankme")
 _TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("segment", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
     ("metric", pa.string()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64()), ("reason", pa.string())])
@@ -2485,7 +2489,7 @@ def metrics_table(
         for name, m in several.items() for pool in m.pools for where, e in m.entries(pool) for k in names if k in e]
     return pa.Table.from_pylist(rows, schema=_TABLE)
 
-# %% ../nbs/14b_cells.ipynb #796b7c41
+# %% ../nbs/14b_cells.ipynb #64c56a5a
 def compare_models(
     models: Mapping[str, SpectralMetrics], # by name, as `load_models` reads them
     metric: str = "rankme", # a name of `METRICS`
@@ -2503,42 +2507,47 @@ def compare_models(
             if at["seed"] == seed: found.setdefault((at["kind"], at["segment"], at["group"]), {})[name] = e.get(metric)
     return [dict(zip(("kind", "segment", "group"), key), values={name: x.get(name) for name in models}) for key, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #86f23df7
+# %% ../nbs/14b_cells.ipynb #4bb825d5
 def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[tuple[str, str], list[tuple[dict, dict]]]: # (kind, group) -> (place, entry)
-    "The entries of one file by group; a category has the same place, and so the same colour, in all pictures."
+    "The entries of one file by group; ValueError if the file is missing."
     out: dict[tuple, list] = {}
     m.file(file, pool)
     for at, e in m.entries(pool):
         if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault((at["kind"], at["group"]), []).append((at, e))
     return dict(sorted(out.items(), key=lambda x: (x[0][0] != "global", x[0])))
 
+# %% ../nbs/14b_cells.ipynb #4607ff4c
+_NULLS = dict(rankme="isotropic_null_rankme", effective_rank="isotropic_null") # what noise without a preferred direction would have
+_TITLES = dict(rankme="RankMe", alpha="α", alpha_r2="R² of α", n90="components for 90 %", n99="components for 99 %")
+
 def _words(group: tuple[str, str]) -> str: return "all" if group[0] == "global" else _label(group[1])
 
-_NULLS = dict(rankme="isotropic_null_rankme", effective_rank="isotropic_null") # what noise without any direction would have
+def _title(name: str) -> str: return _TITLES.get(name, _label(name.replace("_", " ")))
 
-# %% ../nbs/14b_cells.ipynb #20989d06
+# %% ../nbs/14b_cells.ipynb #d08f9d12
 def _draw_category(ax: Any, y: int, e: Mapping, name: str) -> None:
-    "One point with its interval, and its null as a cross."
+    "One point with its interval, and its null in words."
     ci = (e.get("ci") or {}).get(name)
     ax.errorbar(e[name], y, xerr=ci and [[max(e[name] - ci[0], 0)], [max(ci[1] - e[name], 0)]], fmt="o", color=_COLOURS[y % len(_COLOURS)], capsize=3)
-    if (null := e.get(_NULLS.get(name))) is not None: ax.plot(null, y, "x", color="#888888")
+    if (null := e.get(_NULLS.get(name))) is not None: ax.text(.995, y - .12, f"noise {null:.4g}", transform=ax.get_yaxis_transform(), ha="right", va="bottom", color="#888888", fontsize="x-small")
 
+# %% ../nbs/14b_cells.ipynb #89ea9e28
 def plot_categories(
     metrics: SpectralMetrics, # of `load_metrics`
     names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
     pool: str = "all", # pooling
-) -> Figure: # points with intervals; the isotropic null as a cross beside rank metrics
+) -> Figure: # points with intervals; in brackets rows, beside ranks the isotropic null
     "Metrics by category."
     groups = {g: x[0][1] for g, x in _of(metrics, pool, "basic_metrics").items()}
     fig, axes = _axes(len(names), f"By category, pooling “{_label(pool)}”")
     for ax, name in zip(axes, names):
         for y, e in enumerate(groups.values()):
             if e[name] is not None: _draw_category(ax, y, e, name)
-        ax.set(xlabel=_label(name), yticks=range(len(groups)), yticklabels=[f"{_words(g)} ({e['n_rows']:,})" for g, e in groups.items()] if ax is axes[0] else [])
-        ax.invert_yaxis()
+        ax.set(xlabel=_title(name), yticks=range(len(groups)), yticklabels=[f"{_words(g)} ({e['n_rows']:,})" for g, e in groups.items()] if ax is axes[0] else [])
+        ax.set_ylim(len(groups) - .5, -.5), ax.margins(x=.12)
     return fig
 
-# %% ../nbs/14b_cells.ipynb #9b0abcf8
+# %% ../nbs/14b_cells.ipynb #b6c57b83
 def plot_depth(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2550,30 +2559,11 @@ def plot_depth(
     for i, (g, points) in enumerate(groups.items()):
         x = [((at["bin"] + .5) / B, e[name]) for at, e in points if e[name] is not None]
         if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], linewidth=2 if g[0] == "global" else 1, label=_words(g))
-    ax.set(xlabel="place in the trace", ylabel=_label(name), xlim=(0, 1))
-    if ax.lines: ax.legend(frameon=False, fontsize="small")
+    ax.set(xlabel="place in the trace", ylabel=_title(name), xlim=(0, 1))
+    if ax.lines: fig.legend(loc="outside right upper", frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #7724ef3e
-def plot_sweep(
-    metrics: SpectralMetrics, # of `load_metrics`
-    name: str = "effective_rank", # a metric
-    pool: str = "all", # pooling
-) -> Figure: # one line a category and seed, over the number of rows; for rank metrics the isotropic null
-    "A metric over the number of rows."
-    groups, null = _of(metrics, pool, "token_count_sweep"), {}
-    fig, (ax,) = _axes(title=f"The same number of rows for all, pooling “{_label(pool)}”")
-    for i, (g, points) in enumerate(groups.items()):
-        for k, seed in enumerate(sorted({at["seed"] for at, _ in points})):
-            x = [(e["n_rows"], e[name]) for at, e in points if at["seed"] == seed and e[name] is not None]
-            if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], label=_words(g) if not k else None)
-        null |= {e["n_rows"]: e[_NULLS[name]] for _, e in points if name in _NULLS and e[_NULLS[name]] is not None}
-    if null: ax.plot(*zip(*sorted(null.items())), "--", color="#888888", label="isotropic null")
-    ax.set(xlabel="rows", ylabel=_label(name))
-    if ax.lines: ax.set(xscale="log", yscale="linear" if name.startswith("alpha") else "log"), ax.legend(frameon=False, fontsize="small")
-    return fig
-
-# %% ../nbs/14b_cells.ipynb #deb44cc0
+# %% ../nbs/14b_cells.ipynb #9c771a35
 def plot_cells(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2581,19 +2571,55 @@ def plot_cells(
 ) -> Figure: # category × depth; empty where there is no value
     "A metric as a map of category and depth."
     found, B = _of(metrics, pool, "depth_profile", ("macro",)), metrics.file("depth_profile", pool)["n_bins"]
-    fig, (ax,) = _axes(title=f"{_label(name)}, pooling “{_label(pool)}”")
+    fig, (ax,) = _axes(title=f"By category and place, pooling “{_label(pool)}”")
     map = np.full((len(found), B), np.nan)
     for y, points in enumerate(found.values()):
         for at, e in points: map[y, at["bin"]] = np.nan if e[name] is None else e[name]
-    image = ax.imshow(map, aspect="auto", cmap="viridis") if map.size else None
-    if np.isfinite(map).any(): fig.colorbar(image, ax=ax)
-    ax.set(xlabel="part of the trace", yticks=range(len(found)), yticklabels=[_words(g) for g in found])
+    _paint(fig, ax, map, name)
+    ax.set(xlabel="place in the trace", yticks=range(len(found)), yticklabels=[_words(g) for g in found])
     return fig
 
-# %% ../nbs/14b_cells.ipynb #c29f1aff
+# %% ../nbs/14b_cells.ipynb #b320420c
+def _paint(fig: Figure, ax: Any, map: np.ndarray, name: str) -> None: # map: [groups, bins], NaN where there is nothing
+    "Colours, and figures if they fit."
+    if not np.isfinite(map).any(): return
+    n, B = map.shape
+    image = ax.imshow(map, aspect="auto", cmap="viridis", extent=(0, 1, n - .5, -.5))
+    fig.colorbar(image, ax=ax, label=_title(name))
+    for y, b in np.argwhere(np.isfinite(map)) if B <= 12 and n <= 14 else ():
+        ax.text((b + .5) / B, y, f"{map[y, b]:.3g}", ha="center", va="center", fontsize="x-small", color="black" if image.norm(map[y, b]) > .6 else "white")
+
+# %% ../nbs/14b_cells.ipynb #996ac2f5
+def _draw_sweep(ax: Any, groups: Mapping, name: str) -> None:
+    "A line a group and seed."
+    for i, (g, points) in enumerate(groups.items()):
+        for k, seed in enumerate(sorted({at["seed"] for at, _ in points})):
+            x = [(e["n_rows"], e[name]) for at, e in points if at["seed"] == seed and e[name] is not None]
+            if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], label=_words(g) if not k else None)
+    counts = sorted({e["n_rows"] for points in groups.values() for _, e in points})
+    if ax.lines: ax.set_xscale("log")
+    if len(counts) <= 6: ax.set_xticks(counts, [f"{c:,}" if c >= 1.6 * b else "" for b, c in zip([0, *counts], counts)]), ax.set_xticks([], minor=True)
+    ax.set(xlabel="rows", ylabel=_title(name))
+
+# %% ../nbs/14b_cells.ipynb #d7eed215
+def plot_sweep(
+    metrics: SpectralMetrics, # of `load_metrics`
+    name: str = "rankme", # a metric
+    pool: str = "all", # pooling
+) -> Figure: # one line a category and seed, over the number of rows; for rank metrics a second panel with the isotropic null
+    "A metric over the number of rows."
+    groups = _of(metrics, pool, "token_count_sweep")
+    null = {e["n_rows"]: e[_NULLS[name]] for points in groups.values() for _, e in points if name in _NULLS and e[_NULLS[name]] is not None}
+    fig, axes = _axes(2 if null else 1, f"The same number of rows for all, pooling “{_label(pool)}”")
+    for ax in axes: _draw_sweep(ax, groups, name)
+    if null: axes[1].plot(*zip(*sorted(null.items())), "--", color="#888888", label="noise"), axes[1].set(yscale="log", ylabel="")
+    if axes[-1].lines: fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
+    return fig
+
+# %% ../nbs/14b_cells.ipynb #f18ab117
 def plot_spectra(
     metrics: SpectralMetrics, # of `load_metrics`
-    groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all and the categories
+    groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all, and the first five categories
     pool: str = "all", # pooling
 ) -> Figure: # of `plot_spectrum`
     "Saved spectra, each with its fit."
