@@ -348,7 +348,7 @@ def test_intervals_of_any_kind(tmp_path, kind):
     valid(m)
     for key, e in entries(m).items():
         mine = ("bins/" if key[-1] is not None else "") + key[2] == kind or (kind, key[1], key[2]) == ("bins", "depth_profile", "global")
-        assert ("ci" in e) == (mine and e["n_rows"] > 0), key
+        assert ("ci" in e) == mine, key
 
 
 @pytest.mark.parametrize("lost", ["rows.bin", "sums.bin", "rows.bin short", "states.safetensors", "solved", "nothing"])
@@ -373,6 +373,70 @@ def test_checkpoint_is_damaged(tmp_path, monkeypatch, lost):
     assert texts(out) == whole and bool(seen) == (lost != "nothing")
 
 
+def test_checkpoint_is_dropped_for_good(tmp_path, monkeypatch):
+    "Rows that waited are lost; the run that begins again is stopped before it has saved; nobody takes the old checkpoint for the new rows."
+    folder, *_ = a_folder(tmp_path / "states", 2, 4, n=8)
+    whole, out, put = texts(run(folder, tmp_path / "whole").folder), tmp_path / "out", spectral._Store.put
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(spectral, "_write_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(folder, out)
+    (out / ".work/rows.bin").unlink()
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="begins again"):
+        left = [3]
+        def dies(self, at, rows):
+            left[0] -= 1
+            if not left[0]: raise KeyboardInterrupt
+            put(self, at, rows)
+        m.setattr(spectral._Store, "put", dies)
+        run(folder, out)
+    run(folder, out)
+    assert texts(out) == whole
+
+
+def test_fewer_poolings_leave_nothing(tmp_path):
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    run(folder, tmp_path / "out", poolings=("all", "mean"))
+    (tmp_path / "out/pool_all/mine.txt").write_text("keep")
+    m = run(folder, tmp_path / "out", poolings=("first",), resume=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pool_all", "pool_first", "run.json"]
+    (tmp_path / "out/pool_all/mine.txt").unlink(), (tmp_path / "out/pool_all").rmdir()
+    assert texts(m.folder) == texts(run(folder, tmp_path / "other", poolings=("first",)).folder)
+
+
+def test_states_that_changed(tmp_path):
+    "Shards without a hash in the config: other numbers are other states."
+    folder, matrix, samples = a_folder(tmp_path / "states", 2, 4, cuts=())
+    run(folder, tmp_path / "out")
+    save_file({"hidden_states": matrix.flip(0).contiguous()}, folder / "hidden_states_layer3_shard00000.safetensors")
+    with pytest.raises(ValueError, match="source is"): run(folder, tmp_path / "out")
+
+
+def test_metrics_beside_the_states(tmp_path):
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    with pytest.raises(ValueError, match="holds the hidden states"): run(folder, folder)
+    for wrong in (5, np.zeros((3, 4)), b"path"):
+        with pytest.raises(ValueError, match="is no folder of hidden states"): run(wrong, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (folder / "run.json").exists()
+
+
+@pytest.mark.parametrize("macros, bins", [(3, 40), (60, 4)])
+def test_few_states_are_open(tmp_path, monkeypatch, macros, bins):
+    "The order of the pass keeps few states open, whether there are many parts or many labels; the numbers do not depend on it."
+    rng, most, absorb = np.random.default_rng(0), [0], spectral._absorb
+    labels = [f"m{i}" for i in range(macros)]
+    samples = [{"id": i, "global_offset": 400 * i, "num_tokens": 400, "steps": [step(5 * j, 5 * j + 5, labels[int(rng.integers(macros))], ("thought", "solution")[int(rng.integers(2))]) for j in range(80)]} for i in range(12)]
+    folder = write(tmp_path / "s", torch.from_numpy(rng.normal(size=(4800, 2))).float(), samples)
+    def counted(work, pool, states, *rest):
+        absorb(work, pool, states, *rest)
+        most[0] = max(most[0], len(states))
+    monkeypatch.setattr(spectral, "_absorb", counted)
+    m = run(folder, tmp_path / "out", n_bins=bins, poolings="all", counts=[4])
+    assert most[0] <= 12 + 3 * min(macros, bins)
+    for order in spectral._ORDERS:
+        monkeypatch.setattr(spectral, "_ORDERS", (order,))
+        same_numbers(numbers(run(folder, tmp_path / order[0], n_bins=bins, poolings="all", counts=[4])), numbers(m))
+
+
 def test_run_json_is_damaged(tmp_path):
     folder, *_ = a_folder(tmp_path / "states", 2, 4)
     whole = texts(run(folder, tmp_path / "out").folder)
@@ -384,11 +448,12 @@ def test_run_json_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["basic_metrics.json", "sensitivity.json", "spectra_all.safetensors"])
-def test_complete_but_for_a_file(tmp_path, name):
-    "A file that was removed is made again; what a kill left over is removed."
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_complete_but_for_a_file(tmp_path, name, how):
+    "A file that was removed or damaged is made again; what a kill left over is removed."
     folder, *_ = a_folder(tmp_path / "states", 2, 4)
-    whole = texts(run(folder, tmp_path / "out").folder)
-    (tmp_path / "out/pool_all" / name).unlink()
+    whole, path = texts(run(folder, tmp_path / "out").folder), tmp_path / "out/pool_all" / name
+    path.unlink() if how == "lost" else path.write_bytes(b"{")
     (tmp_path / "out/.work").mkdir()
     run(folder, tmp_path / "out")
     assert texts(tmp_path / "out") == whole
@@ -406,7 +471,7 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
     assert (tmp_path / "out/pool_all/basic_metrics.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("bad", [{"poolings": ["median"]}, {"poolings": ["all", "all"]}, {"groups": "kind"}, {"n_bins": 0}, {"n_bins": 2.0}, {"n_bins": True}, {"poolings": ()}, {"poolings": None}, {"unit": "turn"}, {"preset": "garrido"}, {"counts": [0]}, {"counts": [1.5]}, {"seeds": ["0"]}, {"seeds": "0"}, {"counts": 0}, {"counts": "many"}, {"device": "cuda:77"}, {"device": "foo"}, {"device": "meta"}, {"svd": ["all"]}, {"svd": ["micro"]}, {"svd_rows": 1}, {"svd_rows": "some"}, {"intervals": ["depth"]}, {"intervals": 3}, {"trace_groups": 1}, {"root": "x"}])
+@pytest.mark.parametrize("bad", [{"poolings": ["median"]}, {"poolings": ["all", "all"]}, {"groups": "kind"}, {"n_bins": 0}, {"n_bins": 2.0}, {"n_bins": True}, {"poolings": ()}, {"poolings": None}, {"unit": "turn"}, {"preset": "garrido"}, {"counts": [0]}, {"counts": [1.5]}, {"seeds": ["0"]}, {"seeds": "0"}, {"counts": 0}, {"counts": "many"}, {"device": "cuda:77"}, {"device": "foo"}, {"device": "meta"}, {"trace_groups": 2**65}, {"seeds": 2**100}, {"svd": ["all"]}, {"svd": ["micro"]}, {"svd_rows": 1}, {"svd_rows": "some"}, {"intervals": ["depth"]}, {"intervals": 3}, {"trace_groups": 1}, {"root": "x"}])
 def test_settings_that_cannot_be(tmp_path, bad):
     folder, *_ = a_folder(tmp_path / "states", 2, 4)
     with pytest.raises(ValueError): run(folder, tmp_path / "out", **bad)
@@ -652,7 +717,7 @@ def test_root(tmp_path):
     for count in (None, 20):
         told = {(r["kind"], r["group"]): r["values"] for r in compare_models(models, "effective_rank", "all", count)}
         assert told["global", "global"].keys() == {"other", "some-model"} and all(told["global", "global"].values())
-    with pytest.raises(ValueError, match="metric='rank_me' is unknown; choose one of rankme"): compare_models(models, "rank_me")
+    with pytest.raises(ValueError, match="'rank_me' is no metric; choose from rankme"): compare_models(models, "rank_me")
     table = metrics_table(models)
     assert set(table["model"].to_pylist()) == {"other", "some-model"}
 
@@ -701,9 +766,9 @@ def _changed(value, path, new):
 
 
 DAMAGE = {
-    "basic_metrics": [(("global", "rankme"), "much"), (("global",), None), (("macro", "Plan", "n_rows"), -1), (("counts", "more"), 1), (("conventions", "metrics", "rankme", "weights"), "tau"), (("segments",), [])],
-    "depth_profile": [(("bins", 1, "macro"), []), (("bins", 0, "bin"), "first"), (("n_bins",), None)],
-    "token_count_sweep": [(("series", "global"), {}), (("series", "Plan", 0, "effective_rank"), 0.5), (("unit",), "turn")],
+    "basic_metrics": [(("global", "rankme"), "much"), (("global",), None), (("macro", "Plan", "n_rows"), -1), (("counts", "more"), 1), (("conventions", "metrics", "rankme", "weights"), "tau"), (("segments",), []), (("hidden_dim",), 4.0), (("global", "n_rows"), 10**30), (("global", "rankme"), 10**400)],
+    "depth_profile": [(("bins", 1, "macro"), []), (("bins", 0, "bin"), "first"), (("n_bins",), None), (("n_bins",), 10**12), (("n_bins",), 4.0), (("bins", 0, "bin"), 1.0)],
+    "token_count_sweep": [(("series", "global"), {}), (("series", "Plan", 0, "effective_rank"), 0.5), (("unit",), "turn"), (("series", "Plan", 0, "count"), 10**25), (("series", "global", 0, "seed"), 2**100)],
     "svd_vs_covariance": [(("groups", "global", "delta"), None), (("pool",), "median")],
     "sensitivity": [(("changes", 0, "amount"), -1)],
 }
@@ -727,6 +792,42 @@ def test_damage_in_our_files(tmp_path, name):
             if needs != name: plot(hurt)
             else:
                 with pytest.raises(ValueError, match=name): plot(hurt)
+
+
+def test_files_in_the_wrong_place(tmp_path):
+    "A file of ours under another name or in another folder, or bins that are not numbered, are damage."
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    m = run(folder, tmp_path / "out", poolings=("all", "mean"))
+    pool = m.folder / "pool_all"
+    for name, value in (("basic_metrics", m["all"]["depth_profile"]), ("depth_profile", m["all"]["basic_metrics"]), ("basic_metrics", m["mean"]["basic_metrics"]), ("more", m["all"]["basic_metrics"]),
+        ("depth_profile", m["all"]["depth_profile"] | {"bins": []}), ("depth_profile", m["all"]["depth_profile"] | {"n_bins": 3}), ("depth_profile", m["all"]["depth_profile"] | {"bins": m["all"]["depth_profile"]["bins"][::-1]}), ("depth_profile", m["all"]["depth_profile"] | {"bin_edges": [0, 1]})):
+        path = pool / f"{name}.json"
+        whole = path.read_bytes() if path.exists() else None
+        path.write_text(json.dumps(value))
+        hurt = load_metrics(m.folder)
+        assert len(hurt.problems) == 1 and hurt.problems[0].startswith(f"pool_all/{name}.json: it"), hurt.problems
+        metrics_table(hurt)
+        path.write_bytes(whole) if whole else path.unlink()
+    assert not load_metrics(m.folder).problems
+
+
+def test_wrong_arguments_of_tables_and_pictures(tmp_path):
+    folder, *_ = a_folder(tmp_path / "states", 2, 4)
+    m = run(folder, tmp_path / "out", poolings="all", counts=[5])
+    for plot in (plot_depth, plot_sweep, plot_cells):
+        for wrong in ("foo", "reason", "spectrum"):
+            with pytest.raises(ValueError, match="is no metric; choose from rankme"): plot(m, wrong)
+        for name in METRICS: plot(m, name).canvas.draw()
+        plt.close("all")
+    for call in (lambda: plot_categories(m, ["foo"]), lambda: plot_categories(m, []), lambda: metrics_table(m, ["foo"]), lambda: compare_models({"a": m}, "foo")):
+        with pytest.raises(ValueError, match="is no metric"): call()
+    plot_categories(m, "rankme"), plot_spectra(m, "global")
+    assert metrics_table(m, "rankme") == metrics_table(m, ["rankme"]) and metrics_table(m, "rankme").num_rows
+    assert compare_models({"a": m.folder}) == compare_models({"a": m})
+    assert metrics_table({"a": m.folder}) == metrics_table({"a": m})
+    with pytest.raises(ValueError, match="by name"): compare_models([m])
+    for wrong in ({"pool": "x"}, {"count": 63}, {"count": "5"}):
+        with pytest.raises(ValueError, match="none of the models has"): compare_models({"a": m}, **wrong)
 
 
 def test_lost_files(tmp_path):

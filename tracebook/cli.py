@@ -687,17 +687,19 @@ def _verify(args: argparse.Namespace) -> None:
     if not report.ok: raise ValueError(f"{args.folder} is not as it should be")
 
 # %% ../nbs/16_cli.ipynb #51320112
-_SPECTRAL_SHOWN = ("rankme", "isotropic_null_rankme", "effective_rank", "isotropic_null", "alpha", "top1_share")
+_SPECTRAL_SHOWN = dict(rankme="RankMe", isotropic_null_rankme="noise", effective_rank="eff. rank", isotropic_null="noise", alpha="α", top1_share="first") # name -> head of the column
 
 def _spectral(args: argparse.Namespace) -> None:
     from rich.console import Console
     from tracebook.spectral import spectral_metrics
     from tracebook.trace import _count, visible
-    made = spectral_metrics(args.folder, args.out, poolings=args.poolings, groups=args.groups, n_bins=args.bins, unit=args.unit, intervals=args.intervals, device=args.device, resume=not args.no_resume, root=args.root, progress=not args.json)
-    first = made.pools[0]
+    try: made = spectral_metrics(args.folder, args.out, poolings=args.poolings, groups=args.groups, n_bins=args.bins, unit=args.unit, intervals=args.intervals, device=args.device, resume=not args.no_resume, root=args.root, progress=not args.json)
+    except ValueError as e: raise ValueError(str(e).replace("resume=False", "--no-resume")) from e
+    first = args.poolings[0]
     rows = [dict(kind=at["kind"], group=at["group"], rows=e["n_rows"], **{k: e.get(k) for k in _SPECTRAL_SHOWN}) for at, e in made.entries(first) if at["file"] == "basic_metrics" and at["kind"] != "segments_macro"]
     if args.json: return print(json.dumps(dict(folder=str(made.folder.resolve()), model=made.model, pool=first, metrics=rows)))
     c = made.file("basic_metrics", first)["conventions"]
     console = Console(highlight=False, force_jupyter=False)
-    console.print(_table(f"{visible(made.model)}, pooling {first}, {_count(rows[0]['rows'], 'row')}, {'centred' if c['centered'] else 'not centred'}, preset {c['preset']}", list(rows[0]), [list(r.values()) for r in rows]))
+    console.print(_table(f"{visible(made.model)}, pooling {first}, {_count(rows[0]['rows'], 'row')}, {'centred' if c['centered'] else 'not centred'}, preset {c['preset']}", ["group", "rows", *_SPECTRAL_SHOWN.values()], [[r["group"] if r["kind"] in ("global", "macro") else f"{r['kind']}: {r['group']}", *list(r.values())[2:]] for r in rows]))
+    console.print("noise: what rows without a preferred direction would have; first: share of the first direction in the variance")
     print(visible(str(made.folder.resolve())))

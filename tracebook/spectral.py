@@ -1603,7 +1603,7 @@ class _Store:
     def get(self, at: np.ndarray) -> torch.Tensor: return torch.from_numpy(self.words[at]).view(self.dtype)
     def flush(self) -> None: self.words.flush()
 
-# %% ../nbs/14b_cells.ipynb #4d6ad301
+# %% ../nbs/14b_cells.ipynb #228d8d83
 @dataclass
 class _Solved:
     "A group, when all its rows have come."
@@ -1612,11 +1612,6 @@ class _Solved:
     within: float = 0. # tr M2
     mean: np.ndarray | None = None # float64 [d]; None without rows
     ci: dict | None = None # metric -> [lo, hi] or a reason
-
-    def save(self, path: Path) -> None:
-        spectra = [s for s in (self.centered, self.uncentered) if s is not None]
-        said = [{k: getattr(s, k) for k in ("n", "d", "centered", "method", "floor", "dtype", "mean_norm", "reason", "note")} for s in spectra]
-        _save_bytes(path, lambda f: np.savez(f, said=np.array(json.dumps(dict(spectra=said, within=self.within, ci=self.ci))), mean=np.empty(0) if self.mean is None else self.mean, **{f"s{i}": s.sigma for i, s in enumerate(spectra)}))
 
 # %% ../nbs/14b_cells.ipynb #3d92e062
 def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open file
@@ -1628,14 +1623,27 @@ def _save_bytes(path: Path, write: Callable) -> None: # write: takes an open fil
         os.fsync(f.fileno())
     os.replace(part, path)
 
-# %% ../nbs/14b_cells.ipynb #488ba46c
-def _load_solved(path: Path) -> _Solved:
-    with np.load(path, allow_pickle=False) as f:
-        said = json.loads(str(f["said"]))
-        spectra = [Spectrum(f[f"s{i}"], **about) for i, about in enumerate(said["spectra"])]
-        return _Solved(spectra[0], (spectra + [None])[1], said["within"], f["mean"] if len(f["mean"]) else None, said["ci"])
+# %% ../nbs/14b_cells.ipynb #e22dd561
+_ABOUT = ("n", "d", "centered", "method", "floor", "dtype", "mean_norm", "reason", "note") # of a spectrum
 
-# %% ../nbs/14b_cells.ipynb #37d08c56
+def _save_solved(path: Path, groups: Mapping[int, _Solved]) -> None:
+    "Solved groups as one npz file."
+    pairs = {g: [x for x in (s.centered, s.uncentered) if x is not None] for g, s in groups.items()}
+    said = {g: dict(spectra=[{k: getattr(x, k) for k in _ABOUT} for x in pairs[g]], within=s.within, ci=s.ci, mean=s.mean is not None) for g, s in groups.items()}
+    arrays = {f"{g}/{i}": x.sigma for g, some in pairs.items() for i, x in enumerate(some)} | {f"{g}/mean": s.mean for g, s in groups.items() if s.mean is not None}
+    _save_bytes(path, lambda f: np.savez(f, said=np.array(json.dumps(said)), **arrays))
+
+# %% ../nbs/14b_cells.ipynb #08816364
+def _load_solved(path: Path) -> dict[int, _Solved]:
+    "What `_save_solved` wrote."
+    out = {}
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
+        for g, x in json.loads(str(f["said"])).items():
+            first, *second = (Spectrum(f[f"{g}/{i}"], **about) for i, about in enumerate(x["spectra"]))
+            out[int(g)] = _Solved(first, *second or [None], x["within"], f[f"{g}/mean"] if x["mean"] else None, x["ci"])
+    return out
+
+# %% ../nbs/14b_cells.ipynb #8c983b29
 @dataclass
 class _Pool:
     "The plan for one pooling."
@@ -1649,7 +1657,7 @@ class _Pool:
     counts: tuple[int, ...] = () # of the sweep
     matched: int = 0 # units in the smallest category that has any
 
-# %% ../nbs/14b_cells.ipynb #2ad6ac3d
+# %% ../nbs/14b_cells.ipynb #639de43b
 @dataclass
 class _Work:
     "One run: where it reads, where it writes, and its options."
@@ -1665,13 +1673,15 @@ class _Work:
     trace_group: np.ndarray | None = None # of each sample, for intervals
     bad: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64)) # sorted: rows of the folder that are not finite
     triangles: dict[int, TriangularMoments] = field(default_factory=dict) # of groups, with svd_rows="all"
+    unsaved: list[int] = field(default_factory=list) # groups that were solved since the last checkpoint
+    saved: list[str] = field(default_factory=list) # files of those before
 
     @property
     def d(self) -> int: return self.hs.hidden_dim
     @property
     def work(self) -> Path: return self.folder/".work"
 
-# %% ../nbs/14b_cells.ipynb #1f67a079
+# %% ../nbs/14b_cells.ipynb #414a30ba
 def _unit_of(work: _Work, pool: str) -> str: # what is counted in the sweep: a pooled row is a step
     return "step" if pool != "all" and work.o["unit"] == "token" else work.o["unit"]
 
@@ -1687,7 +1697,7 @@ def _counts_for(work: _Work, pool: _Pool) -> tuple[tuple[int, ...], int]: # coun
     some = {c for c in (4 ** k for k in range(20)) if (64 if rows else 4) <= c <= limit}
     return tuple(sorted(some | ({matched} if 2 <= matched <= limit else set()))), matched
 
-# %% ../nbs/14b_cells.ipynb #64decf68
+# %% ../nbs/14b_cells.ipynb #03c9e555
 def _plan_pool(work: _Work, name: str) -> _Pool:
     "Pieces, groups and draws of a pooling."
     s, o, pooled = work.steps, work.o, name != "all"
@@ -1702,10 +1712,10 @@ def _plan_pool(work: _Work, name: str) -> _Pool:
     for kind in sorted({"global", *o["svd"]}): pool.checked |= rows(kind, _svd_rows(work), min(o["seeds"], default=0))
     return pool
 
-# %% ../nbs/14b_cells.ipynb #fe716b19
+# %% ../nbs/14b_cells.ipynb #5acd5a1c
 def _svd_rows(work: _Work) -> int: return 2 * work.d if not isinstance(work.o["svd_rows"], int) else work.o["svd_rows"]
 
-# %% ../nbs/14b_cells.ipynb #9ebdd007
+# %% ../nbs/14b_cells.ipynb #323b6ee0
 def _thin(work: _Work, g: _Groups) -> np.ndarray: # bool [groups]
     return g.rows <= work.d
 
@@ -1715,7 +1725,7 @@ def _rows_of(work: _Work, pool: _Pool, group: int) -> np.ndarray: # int64, in th
     mine = _Pieces(*(x[g.of[:, g.column[g.kind[group]]] == group] for x in p))
     return _finite(work, pool.name, _expand(work.steps, mine, 0, len(mine.n), pool.name != "all")[2])
 
-# %% ../nbs/14b_cells.ipynb #384448bd
+# %% ../nbs/14b_cells.ipynb #b189fd2e
 def _finite(work: _Work, pool: str, rows: np.ndarray) -> np.ndarray: # int64: those that can be used
     "References without the rows that are not finite; for after the pass."
     if not len(work.bad): return rows
@@ -1724,7 +1734,7 @@ def _finite(work: _Work, pool: str, rows: np.ndarray) -> np.ndarray: # int64: th
     end = start + (s.end[rows] - s.start[rows] if pool == "mean" else 1)
     return rows[np.searchsorted(work.bad, start) == np.searchsorted(work.bad, end)]
 
-# %% ../nbs/14b_cells.ipynb #f48995fc
+# %% ../nbs/14b_cells.ipynb #2cda2c63
 def _plan(work: _Work) -> None:
     "Everything that can be known before the first row is read."
     s, wanted = work.steps, [np.empty(0, np.int64)]
@@ -1737,7 +1747,7 @@ def _plan(work: _Work) -> None:
     work.wanted = np.unique(np.concatenate(wanted))
     work.trace_group = np.array([group_of(x, work.o["trace_groups"]) for x in s.names], np.int64)
 
-# %% ../nbs/14b_cells.ipynb #88cac0f9
+# %% ../nbs/14b_cells.ipynb #d3ecb96c
 @patch(as_prop=True)
 def token_step(self: _Work) -> np.ndarray: # int64 [pieces of tokens]
     "The step of each piece of tokens."
@@ -1748,14 +1758,14 @@ def token_pieces(self: _Work) -> _Pieces:
     if "_tokens" not in self.__dict__: self._tokens = self.pools["all"].pieces if "all" in self.pools else _token_pieces(self.steps, self.o["n_bins"])
     return self._tokens
 
-# %% ../nbs/14b_cells.ipynb #b9a4a8ea
+# %% ../nbs/14b_cells.ipynb #b6d82a8a
 @patch(as_prop=True)
 def by_offset(self: _Work) -> tuple[np.ndarray, np.ndarray]: # sorted first rows of samples with rows, and their numbers
     order = np.argsort(self.steps.offset, kind="stable")
     order = order[self.steps.size[order] > 0]
     return self.steps.offset[order], order
 
-# %% ../nbs/14b_cells.ipynb #bdc11e9c
+# %% ../nbs/14b_cells.ipynb #4fe647d5
 def _thin_rows(work: _Work, pool: _Pool) -> np.ndarray: # int64
     "The rows of all pieces that belong to a thin group."
     thin, of = _thin(work, pool.groups), pool.groups.of
@@ -1770,7 +1780,7 @@ def _load(work: _Work, pool: str, rows: np.ndarray) -> torch.Tensor: # [rows, d]
     if pool != "all": rows = s.offset[s.sample[rows]] + (s.start[rows] if pool == "first" else s.end[rows] - 1)
     return work.rows.get(np.searchsorted(work.wanted, rows)).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #dc4c44ae
+# %% ../nbs/14b_cells.ipynb #92fd44bb
 def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     "Means of steps, from the sums of their pieces."
     piece = work.token_step
@@ -1780,18 +1790,37 @@ def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     sums = np.add.reduceat(sums, np.cumsum(b - a) - (b - a), axis=0) if len(steps) else sums
     return torch.from_numpy(sums / (work.steps.end - work.steps.start)[steps, None]).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #f7e8c70b
-def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # pieces of each, in the order of the pass
+# %% ../nbs/14b_cells.ipynb #340ab675
+_ORDERS = (("bins", "bins/macro", "bins/segments", "bins/segments_macro", "macro", "micro", "segments_macro", "segments", "global"),
+    ("macro", "micro", "bins/macro", "bins/segments_macro", "segments_macro", "bins", "bins/segments", "segments", "global"))
+
+def _sorted_atoms(work: _Work, pool: _Pool, order: Sequence[str]) -> list[np.ndarray]: # pieces of each
     "Pieces that belong to the same thick groups (and group of traces, where intervals are wanted)."
-    g, thin = pool.groups, _thin(work, pool.groups)
+    g, thin, p = pool.groups, _thin(work, pool.groups), pool.pieces
     of = np.where((g.of >= 0) & ~thin[g.of], g.of, -1)
-    order = ("macro", "micro", "bins/macro", "bins/segments_macro", "segments_macro", "bins", "bins/segments", "segments", "global")
-    table = [of[:, g.column[k]] for k in order if k in g.column] + ([work.trace_group[work.steps.sample[pool.pieces.step]]] if work.o["intervals"] else [])
+    table = [of[:, g.column[k]] for k in order if k in g.column] + ([work.trace_group[work.steps.sample[p.step]]] if work.o["intervals"] else [])
     at = np.lexsort(table[::-1])
     new = np.flatnonzero(np.any([np.diff(c[at]) != 0 for c in table], axis=0)) + 1
     return np.split(at, new) if len(at) else []
 
-# %% ../nbs/14b_cells.ipynb #261429df
+# %% ../nbs/14b_cells.ipynb #4ab69ba0
+def _most_open(work: _Work, pool: _Pool, atoms: Sequence[np.ndarray]) -> int:
+    "How many states are open at once, at most."
+    thin, left, most, now = _thin(work, pool.groups), Counter(), 0, set()
+    mine = [[g for g in pool.groups.of[a[0]].tolist() if g >= 0 and not thin[g]] for a in atoms]
+    for groups in mine: left.update(groups)
+    for groups in mine:
+        now.update(groups)
+        most = max(most, len(now))
+        left.subtract(groups)
+        now.difference_update(g for g in groups if not left[g])
+    return most
+
+def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # in the order of the pass
+    if "_made" not in pool.__dict__: pool._made = min((_sorted_atoms(work, pool, order) for order in _ORDERS), key=lambda atoms: _most_open(work, pool, atoms))
+    return pool._made
+
+# %% ../nbs/14b_cells.ipynb #675f12da
 def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: # pieces, and the rows [a, b) of each
     "Blocks of so many rows, from pieces of n rows each."
     ends = np.cumsum(n)
@@ -1800,7 +1829,7 @@ def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.
         k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
         yield k, np.maximum(low - ends[k] + n[k], 0), np.minimum(high - ends[k] + n[k], n[k])
 
-# %% ../nbs/14b_cells.ipynb #d4197d8d
+# %% ../nbs/14b_cells.ipynb #4a1b5323
 def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "The rows of an atom from the folder; on their way some are copied."
     p, s = pool.pieces, work.steps
@@ -1815,7 +1844,7 @@ def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.T
         if not torch.isfinite(seen).all(): block = _without_bad(work, block, np.repeat(start - np.cumsum(size) + size, size) + np.arange(len(block)))
         yield block
 
-# %% ../nbs/14b_cells.ipynb #7a1ec3e2
+# %% ../nbs/14b_cells.ipynb #6ff637b8
 def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) -> None:
     "Copy the rows of a block that wait to the store."
     a, b = np.searchsorted(work.wanted, start), np.searchsorted(work.wanted, end)
@@ -1831,7 +1860,7 @@ def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarra
     sums.put(piece, part)
     return part
 
-# %% ../nbs/14b_cells.ipynb #01a84381
+# %% ../nbs/14b_cells.ipynb #f9643ca3
 def _without_bad(work: _Work, block: torch.Tensor, rows: np.ndarray) -> torch.Tensor: # the finite rows
     "Leave out what is not finite, and remember its numbers."
     good = torch.isfinite(block).all(1)
@@ -1843,7 +1872,7 @@ def _place(work: _Work, row: int) -> str: # of a row of the folder, in words
     i = int(np.flatnonzero((s.offset <= row) & (row < s.offset + s.size))[0])
     return f"row {row:,} (sample {visible(s.names[i])}, token {row - s.offset[i]:,})"
 
-# %% ../nbs/14b_cells.ipynb #1e9b3b1e
+# %% ../nbs/14b_cells.ipynb #23453a60
 def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Moments], begin: int = 0, after: Callable = lambda i: None, tick: Callable = lambda n: None) -> None:
     "Rows into atoms, atoms into groups, groups into spectra."
     thin, of, left, atoms = _thin(work, pool.groups), pool.groups.of, Counter(), _atoms(work, pool)
@@ -1861,25 +1890,25 @@ def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Mo
             if not left[g]: _close(work, pool, g, states.pop(g))
         after(i + 1)
 
-# %% ../nbs/14b_cells.ipynb #d44bc10a
+# %% ../nbs/14b_cells.ipynb #c0c97893
 def _absorb(work: _Work, pool: _Pool, states: dict[int, Moments], g: int, state: Moments, piece: int) -> None:
     "Merge an atom into a group, and into its part for the intervals."
     states.setdefault(g, Moments()).absorb(state)
     if pool.groups.kind[g] in work.o["intervals"]:
         pool.parts.setdefault(g, {}).setdefault(int(work.trace_group[work.steps.sample[pool.pieces.step[piece]]]), Moments()).absorb(state)
 
-# %% ../nbs/14b_cells.ipynb #ff02df5c
+# %% ../nbs/14b_cells.ipynb #e68dddb2
 _CI = dict(rankme=rankme, effective_rank=effective_rank, participation_ratio=participation_ratio, stable_rank=stable_rank) # metrics with intervals, and alpha
 
 def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
     "Solve a group whose rows have all come."
-    if not state.n: pool.solved[g] = _nothing(work)
-    else: pool.solved[g] = _solve_thick(work, pool, g, state)
-    if pool.name == "all": pool.solved[g].save(work.work/f"solved_{g}.npz")
+    pool.solved[g] = _solve_thick(work, pool, g, state) if state.n else _nothing(work, pool.groups.kind[g])
+    if pool.name == "all": work.unsaved.append(g)
 
-def _nothing(work: _Work) -> _Solved: return _Solved(Spectrum([], n=0, d=work.d, method="gram")) # a group without rows
+def _nothing(work: _Work, kind: str) -> _Solved: # a group without rows
+    return _Solved(Spectrum([], n=0, d=work.d, method="gram"), ci=dict.fromkeys(_ci_metrics(work), "no rows") if kind in work.o["intervals"] else None)
 
-# %% ../nbs/14b_cells.ipynb #eefd92cf
+# %% ../nbs/14b_cells.ipynb #c812fc07
 def _solve_thick(work: _Work, pool: _Pool, g: int, state: Moments) -> _Solved:
     "A group from its moments, and its intervals from those of its parts."
     parts = [m for _, m in sorted(pool.parts.pop(g, {}).items())]
@@ -1891,11 +1920,11 @@ def _ci_metrics(work: _Work) -> dict[str, Callable]: return _CI | dict(alpha=lam
 
 def _bounds(x: Interval) -> list[float] | str: return x.reason or "undefined" if x.lo is None else [x.lo, x.hi]
 
-# %% ../nbs/14b_cells.ipynb #b033ebe2
+# %% ../nbs/14b_cells.ipynb #8f496753
 def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     "A group from the products of its rows with each other."
     kind, refs = pool.groups.kind[g], _rows_of(work, pool, g)
-    if not len(refs): return _nothing(work)
+    if not len(refs): return _nothing(work, kind)
     Z = _load(work, pool.name, refs)
     s = spectrum(Z, True, "gram")
     A = Z.double()
@@ -1903,7 +1932,7 @@ def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     if kind in work.o["intervals"]: found.ci = _thin_ci(work, pool, s, Z, refs)
     return found
 
-# %% ../nbs/14b_cells.ipynb #46c3ac27
+# %% ../nbs/14b_cells.ipynb #f096bc6e
 def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.ndarray) -> dict:
     "The jackknife, with rows in the place of moments."
     sample = work.steps.sample[refs] if pool.name != "all" else np.searchsorted(work.by_offset[0], refs, "right") - 1
@@ -1912,7 +1941,7 @@ def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.nd
     without = (spectrum(Z[torch.from_numpy(of != k).to(Z.device)], True, "gram") for k in (groups if len(groups) > 1 else ()))
     return {k: _bounds(x) for k, x in _intervals(_ci_metrics(work), s, without, .95).items()}
 
-# %% ../nbs/14b_cells.ipynb #54efcfe0
+# %% ../nbs/14b_cells.ipynb #1a7b27b7
 _SAVE_EVERY = 60. # seconds
 
 def _token_pass(work: _Work, progress: bool) -> None:
@@ -1927,20 +1956,23 @@ def _token_pass(work: _Work, progress: bool) -> None:
         _accumulate(work, pool, _read_blocks, states, begin, after, bar.update)
     _save_states(work, pool, states, len(_atoms(work, pool)))
 
-# %% ../nbs/14b_cells.ipynb #379d012c
+# %% ../nbs/14b_cells.ipynb #5310e3d3
 def _no_groups(p: _Pieces) -> _Groups:
     "For a pass that only fills the store."
     none = np.zeros(1, np.int64)
     return _Groups(["global"], [()], {("global",): 0}, {"global": 0}, np.full((len(p.n), 1), -1), none, none, none, none)
 
-# %% ../nbs/14b_cells.ipynb #28916327
+# %% ../nbs/14b_cells.ipynb #575d66f2
 def _save_states(work: _Work, pool: _Pool, states: dict[int, Moments], done: int) -> None:
     "A point to go on from."
     for store in (work.rows, work.sums): store.flush() if store is not None else None
+    if work.unsaved:
+        _save_solved(work.work/(name := f"solved_{len(work.saved)}.npz"), {g: pool.solved[g] for g in work.unsaved})
+        work.saved, work.unsaved = [*work.saved, name], []
     parts = {f"{g}/{k}": m for g, some in pool.parts.items() for k, m in some.items()}
-    save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done, bad=work.bad.tolist()))
+    save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done, bad=work.bad.tolist(), solved=work.saved))
 
-# %% ../nbs/14b_cells.ipynb #0ffcafa9
+# %% ../nbs/14b_cells.ipynb #85c3e157
 def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # states by group, atoms that are done
     "Where the last run stopped."
     states, (found, extra) = {}, load_moments(work.work/"states.safetensors")
@@ -1950,12 +1982,11 @@ def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # stat
         if part == "R": work.triangles[int(g)] = m
         elif part: pool.parts.setdefault(int(g), {})[int(part)] = m
         else: states[int(g)] = m
-    closed = {g for a in _atoms(work, pool)[:extra["done"]] for g in pool.groups.of[a[0]].tolist() if g >= 0 and g not in states and not _thin(work, pool.groups)[g]}
-    pool.solved |= {g: _load_solved(work.work/f"solved_{g}.npz") for g in closed}
-    work.bad = np.array(extra["bad"], np.int64)
+    for file in extra["solved"]: pool.solved |= _load_solved(work.work/file)
+    work.bad, work.saved = np.array(extra["bad"], np.int64), extra["solved"]
     return states, extra["done"]
 
-# %% ../nbs/14b_cells.ipynb #baf372b8
+# %% ../nbs/14b_cells.ipynb #e464d2ba
 def _go_on(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # as `_restore`, or nothing at all
     "What can be gone on with; a checkpoint that cannot be read is dropped with a warning."
     if not (work.work/"states.safetensors").exists(): return {}, 0
@@ -1968,15 +1999,16 @@ def _go_on(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # as `_r
         work.triangles = {g: TriangularMoments() for g in fresh}
         pool.parts.clear(), pool.solved.clear()
         work.bad = np.empty(0, np.int64)
+        (work.work/"states.safetensors").unlink(missing_ok=True) # the stores are as good as new now, and nobody may take them for its own
         return {}, 0
 
-# %% ../nbs/14b_cells.ipynb #92cf9133
+# %% ../nbs/14b_cells.ipynb #7f115a70
 def _pooled_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "Pooled rows of an atom."
     steps = _finite(work, pool.name, pool.pieces.step[atom])
     for at in range(0, max(len(steps), 1), _CHUNK): yield _load(work, pool.name, steps[at:at + _CHUNK])
 
-# %% ../nbs/14b_cells.ipynb #6cd3af8d
+# %% ../nbs/14b_cells.ipynb #b54c8ce0
 def _solve_all(work: _Work, progress: bool) -> None:
     "Every group of every pooling."
     if isinstance(work.o["svd_rows"], str) and "all" in work.pools:
@@ -1988,13 +2020,13 @@ def _solve_all(work: _Work, progress: bool) -> None:
         own = pool.groups.twin == np.arange(len(pool.groups.kind))
         for g in np.flatnonzero(_thin(work, pool.groups) & own).tolist(): pool.solved[g] = _solve_thin(work, pool, g)
 
-# %% ../nbs/14b_cells.ipynb #f20d0f2d
+# %% ../nbs/14b_cells.ipynb #aaa61989
 _WHOLE = ("n90", "n99")
 
 def _plain(name: str, x: Any) -> Any: # what JSON can hold
     return x if x is None or isinstance(x, (bool, int, str)) else int(x) if name in _WHOLE else float(x)
 
-# %% ../nbs/14b_cells.ipynb #d5186f91
+# %% ../nbs/14b_cells.ipynb #d2434e6e
 def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
     "One entry: metrics, counts, reasons."
     row = metrics_row(found.centered, found.uncentered, preset=work.o["preset"])
@@ -2006,7 +2038,7 @@ def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
         reason |= {f"ci.{k}": v for k, v in found.ci.items() if isinstance(v, str)}
     return out | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #347370aa
+# %% ../nbs/14b_cells.ipynb #b79b840b
 def _group_entry(work: _Work, pool: _Pool, spectra: dict, g: int) -> dict:
     "The entry of a group, and its spectra."
     kind, key, found = pool.groups.kind[g], _key(pool.groups.kind[g], pool.groups.place[g]), pool.solved[pool.groups.twin[g]]
@@ -2015,7 +2047,7 @@ def _group_entry(work: _Work, pool: _Pool, spectra: dict, g: int) -> dict:
     if found.uncentered is not None: spectra[f"{key}/uncentered"] = torch.from_numpy(found.uncentered.sigma.copy())
     return _entry(work, found, n_steps=int(pool.groups.steps[g]), n_traces=int(pool.groups.traces[g]), spectrum=key)
 
-# %% ../nbs/14b_cells.ipynb #0e3279fe
+# %% ../nbs/14b_cells.ipynb #ef126a3a
 def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -> entry, or label -> label -> entry, …
     "All entries of a kind."
     out: dict = {}
@@ -2025,7 +2057,7 @@ def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -
         at[last] = _group_entry(work, pool, spectra, g)
     return out
 
-# %% ../nbs/14b_cells.ipynb #e2eae1a9
+# %% ../nbs/14b_cells.ipynb #22f9ef52
 def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]: # the share; why it is None
     "How much of the variance lies between the categories."
     some = [pool.solved[pool.groups.number["macro", x]] for x in work.steps.labels["macro"]]
@@ -2033,7 +2065,7 @@ def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]: # the share
     try: return _share_between(np.array([s.centered.n for s in some], float), np.array([s.mean for s in some]), sum(s.within for s in some)), {}
     except UndefinedMetric as undefined: return None, dict(between_share=undefined.reason)
 
-# %% ../nbs/14b_cells.ipynb #95754a1e
+# %% ../nbs/14b_cells.ipynb #9ad0c6d6
 def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "basic_metrics.json without its head."
     s, tree = work.steps, lambda kind: _tree(work, pool, spectra, kind)
@@ -2043,14 +2075,14 @@ def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     counts = dict(empty_steps=s.empty, unannotated_tokens=s.unannotated, overlapping_tokens=s.overlapping, nonfinite_rows=bad)
     return out | dict(between_share=share, counts=counts) | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #3e376517
+# %% ../nbs/14b_cells.ipynb #6bb4764d
 def _depth_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "depth_profile.json without its head."
     B, plain, trees = work.o["n_bins"], _tree(work, pool, spectra, "bins"), {k: _tree(work, pool, spectra, f"bins/{k}") for k in ("macro", "segments", "segments_macro")}
     bins = [dict(bin=b, lo=b / B, hi=(b + 1) / B) | {k: t.get(b, {}) for k, t in trees.items()} | plain[b] for b in range(B)]
     return dict(n_bins=B, bin_edges=[b / B for b in range(B + 1)], position="token" if pool.name == "all" else "step_center", bins=bins)
 
-# %% ../nbs/14b_cells.ipynb #020dc9c2
+# %% ../nbs/14b_cells.ipynb #1a59b410
 def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[int, Spectrum]]: # count, spectrum
     "Spectra of the first so many units, for each count that the group has."
     state, done = Moments(), 0
@@ -2061,7 +2093,7 @@ def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[in
         done = upto
         yield count, state.spectrum()
 
-# %% ../nbs/14b_cells.ipynb #a9ce5551
+# %% ../nbs/14b_cells.ipynb #0bb4b916
 def _series(work: _Work, pool: _Pool, spectra: dict, g: int, seed: int) -> list[dict]:
     "The entries of one group and seed."
     key, drawn, out = _key(pool.groups.kind[g], pool.groups.place[g]), pool.drawn.get((g, seed)), []
@@ -2072,7 +2104,7 @@ def _series(work: _Work, pool: _Pool, spectra: dict, g: int, seed: int) -> list[
     short = [c for c in pool.counts if c > units]
     return out + [dict(count=c, seed=seed, n_rows=None, reason={"count": f"the group has {units:,}"}) for c in short[:1]]
 
-# %% ../nbs/14b_cells.ipynb #c89d6334
+# %% ../nbs/14b_cells.ipynb #c05483e0
 def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "token_count_sweep.json without its head."
     name = lambda x: f"macro/{x}" if x == "global" or x.startswith("macro/") else x
@@ -2080,7 +2112,7 @@ def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     told = {k: [e for seed in work.o["seeds"] for e in _series(work, pool, spectra, g, seed)] for k, g in series.items()}
     return dict(sampler="bottomk-splitmix64", seeds=list(work.o["seeds"]), unit=_unit_of(work, pool.name), counts=list(pool.counts), matched_count=pool.matched, series=told)
 
-# %% ../nbs/14b_cells.ipynb #61becedb
+# %% ../nbs/14b_cells.ipynb #3ef313d6
 def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum, Spectrum]: # centred covariance, centred SVD, uncentred SVD
     if pool.name == "all" and g in work.triangles: return pool.solved[g].centered, work.triangles[g].spectrum(), work.triangles[g].spectrum(center=False)
     refs = _rows_of(work, pool, g) if isinstance(work.o["svd_rows"], str) else _finite(work, pool.name, np.sort(pool.checked[g].rows))
@@ -2091,7 +2123,7 @@ def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum,
         state.update(Z), triangle.update(Z)
     return state.spectrum(), triangle.spectrum(), triangle.spectrum(center=False)
 
-# %% ../nbs/14b_cells.ipynb #9b9f68d7
+# %% ../nbs/14b_cells.ipynb #6b70ea65
 def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why: dict[str, str] = {}
     fit = _try(why, "alpha", alpha_req, s, Preset("same", None, None, fit=PRESETS[work.o["preset"]].fit))
@@ -2099,12 +2131,12 @@ def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why |= {k: s.reason for k in ("rankme", "sigma_min_rel") if out[k] is None}
     return {k: _plain(k, v) for k, v in out.items()} | (dict(reason=why) if why else {})
 
-# %% ../nbs/14b_cells.ipynb #c555fd99
+# %% ../nbs/14b_cells.ipynb #68376f04
 def _gap(a: dict, b: dict) -> dict: # of two routes
     rel = lambda k: None if a[k] is None or b[k] is None else a[k] / b[k] - 1
     return dict(effective_rank_rel=rel("effective_rank"), rankme_rel=rel("rankme"), alpha_abs=None if a["alpha"] is None or b["alpha"] is None else a["alpha"] - b["alpha"])
 
-# %% ../nbs/14b_cells.ipynb #71799b6e
+# %% ../nbs/14b_cells.ipynb #5db40d6b
 def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "svd_vs_covariance.json without its head."
     out, names = {}, ("centered_covariance", "centered_svd", "uncentered_svd")
@@ -2118,7 +2150,7 @@ def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
             definition=_gap(told["uncentered_svd"], told["centered_svd"]), max_sigma_rel_err=error, error_bound=found[0].max_rel_error)
     return dict(groups=out)
 
-# %% ../nbs/14b_cells.ipynb #779eb804
+# %% ../nbs/14b_cells.ipynb #c321153f
 def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> Iterator[tuple[str, float, torch.Tensor]]: # what, how much, rows
     "The variants of a matrix of rows."
     yield "as stored", 0., Z
@@ -2130,7 +2162,7 @@ def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> I
     for k in dims:
         if k < Z.shape[1]: yield "largest dimensions left out", float(k), Z[:, big[k:].sort().values]
 
-# %% ../nbs/14b_cells.ipynb #8877db1b
+# %% ../nbs/14b_cells.ipynb #359dc9bf
 def sensitivity(
     Z: Any, # rows [n, d]
     tokens: Sequence[float] = (.005,), # shares of the rows that are left out, those with the largest norms
@@ -2145,7 +2177,7 @@ def sensitivity(
         out.append(dict(change=change, amount=amount, n_rows=len(X), hidden_dim=X.shape[1]) | found | _gap(found, out[0] if out else found) | (dict(reason=row["reason"]) if row["reason"] else {}))
     return tuple(out)
 
-# %% ../nbs/14b_cells.ipynb #6db2293d
+# %% ../nbs/14b_cells.ipynb #337f61f3
 _FILES = dict(basic_metrics=_basic_file, depth_profile=_depth_file, token_count_sweep=_sweep_file, svd_vs_covariance=_svd_file)
 _SCHEMA = "tracebook/spectral/{}/1"
 
@@ -2165,7 +2197,7 @@ def _by_metric(preset: str) -> dict[str, dict]: # name -> preset, weights, cente
 def _write_strict(path: Path, value: Mapping) -> None:
     _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()))
 
-# %% ../nbs/14b_cells.ipynb #72483d76
+# %% ../nbs/14b_cells.ipynb #3506d9ed
 def _head(work: _Work, pool: _Pool, name: str) -> dict:
     "What every file begins with."
     config, p = work.hs.config, PRESETS[work.o["preset"]]
@@ -2173,14 +2205,14 @@ def _head(work: _Work, pool: _Pool, name: str) -> dict:
     conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown", metrics=_by_metric(p.name))
     return dict(schema=_SCHEMA.format(name), created_by=f"tracebook {version('tracebook')}", source=source | dict(stage=source["stage"] or "unknown"), conventions=conventions, pool=pool.name, hidden_dim=work.d)
 
-# %% ../nbs/14b_cells.ipynb #677caed7
+# %% ../nbs/14b_cells.ipynb #28b0a34c
 def _sensitivity_file(work: _Work, pool: _Pool) -> dict:
     "sensitivity.json without its head: of the rows on which routes are compared."
     rows = _finite(work, pool.name, np.sort(pool.checked[0].rows)) if 0 in pool.checked else np.empty(0, np.int64)
     told = sensitivity(_load(work, pool.name, rows), preset=work.o["preset"]) if len(rows) > 1 else ()
     return dict(n_rows=len(rows), all_rows=len(rows) == int(pool.groups.rows[0]), changes=list(told))
 
-# %% ../nbs/14b_cells.ipynb #b8624e03
+# %% ../nbs/14b_cells.ipynb #7cabf917
 def _write_pool(work: _Work, pool: _Pool) -> None:
     "The folder of one pooling."
     folder, spectra = work.folder/f"pool_{pool.name}", {}
@@ -2189,7 +2221,7 @@ def _write_pool(work: _Work, pool: _Pool) -> None:
     if pool.name in work.o["sensitivity"]: _write_strict(folder/"sensitivity.json", _head(work, pool, "sensitivity") | _sensitivity_file(work, pool))
     _save_bytes(folder/f"spectra_{pool.name}.safetensors", lambda f: f.write(to_bytes(spectra)))
 
-# %% ../nbs/14b_cells.ipynb #e10f1f0c
+# %% ../nbs/14b_cells.ipynb #13902db7
 _POOLINGS = ("all", "mean", "first", "last")
 _KINDS = (*_BASIC, "bins", *_CROSSED)
 _CHOICES = dict(poolings=_POOLINGS, sensitivity=_POOLINGS, svd=_BASIC, intervals=_KINDS) # lists
@@ -2200,12 +2232,12 @@ def _some(name: str, given: Any, known: Sequence[str]) -> list[str]: # ValueErro
     if some is None or len({*map(str, some)}) < len(some) or any(x not in known for x in some): raise ValueError(f"{name}={given!r}; choose some of {', '.join(known)}, each once")
     return some
 
-# %% ../nbs/14b_cells.ipynb #0310f486
+# %% ../nbs/14b_cells.ipynb #708573a7
 def _several(name: str, given: Any, least: float = -math.inf) -> list[int]: # in the order given, each once; ValueError for what is no whole number
     many = isinstance(given, (Collection, np.ndarray)) and not isinstance(given, (str, bytes))
     return list(dict.fromkeys(_whole(name, x, least) for x in (given if many else [given])))
 
-# %% ../nbs/14b_cells.ipynb #49b288d3
+# %% ../nbs/14b_cells.ipynb #e5c99935
 def _check(o: dict) -> dict:
     "Valid settings; ValueError for others."
     o |= {name: _some(name, o[name], known) for name, known in _CHOICES.items() if not (name == "intervals" and o[name] is None)}
@@ -2215,18 +2247,26 @@ def _check(o: dict) -> dict:
     if o["groups"] == "macro" and "micro" in o["svd"] + (o["intervals"] or []): raise ValueError("micro is for groups='category'")
     if _whole("n_bins", o["n_bins"], 1) > 1000: raise ValueError(f"n_bins={o['n_bins']}: at most 1000")
     o |= dict(n_bins=int(o["n_bins"]), trace_groups=_whole("trace_groups", o["trace_groups"], 2), seeds=_several("seeds", o["seeds"]))
+    if o["trace_groups"] > 1000: raise ValueError(f"trace_groups={o['trace_groups']}: at most 1000")
+    if any(not -2 ** 63 <= x < 2 ** 63 for x in o["seeds"]): raise ValueError(f"seeds={o['seeds']}: numbers of 64 bits")
     if o["counts"] is not None: o["counts"] = sorted(_several("counts", o["counts"], 1))
     if o["svd_rows"] not in (None, "all"): o["svd_rows"] = _whole("svd_rows", o["svd_rows"], 2)
     return o
 
-# %% ../nbs/14b_cells.ipynb #ef63b82a
+# %% ../nbs/14b_cells.ipynb #865632ca
+_SAMPLE = 1 << 20 # bytes
+
 def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
-    "What the states are: config and index as JSON with sorted keys."
+    "What the states are: config and index as JSON with sorted keys, and what tells files without a hash apart."
     digest = hashlib.sha256()
     for part in (hs.config, *hs.samples): digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
+    for shard in (x for x in hs.config["shards"] if "sha256" not in x):
+        with (hs.folder/shard["file"]).open("rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            for at in (0, max(0, size - _SAMPLE)): digest.update(f"{size} {at} ".encode() + (f.seek(at), f.read(_SAMPLE))[1])
     return digest.hexdigest()
 
-# %% ../nbs/14b_cells.ipynb #881312cc
+# %% ../nbs/14b_cells.ipynb #b3cb334d
 def _expected(o: Mapping) -> list[str]: # files of a complete run, relative to its folder
     names = lambda p: [*(f"{f}.json" for f in _FILES), *["sensitivity.json"] * (p in o["sensitivity"]), f"spectra_{p}.safetensors"]
     return [f"pool_{p}/{name}" for p in o["poolings"] for name in names(p)]
@@ -2238,27 +2278,36 @@ def _said(path: Path) -> dict: # of run.json; ValueError if it is damaged
     except ValueError as e: raise ValueError(f"{visible(str(path))} is damaged ({e}): give resume=False to begin again") from None
     return said
 
-# %% ../nbs/14b_cells.ipynb #3392cba0
+# %% ../nbs/14b_cells.ipynb #9610693d
+def _intact(folder: Path, settings: Mapping) -> bool:
+    "Whether every file of a complete run is there and can be read."
+    if not all((folder/x).is_file() for x in _expected(settings)): return False
+    metrics = load_metrics(folder)
+    return not metrics.problems and not metrics.foreign
+
+# %% ../nbs/14b_cells.ipynb #07560f45
 def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is done already
     "A new folder, or one to go on with; ValueError for one of other settings, or of somebody else."
     path = folder/"run.json"
     if not path.exists() and any(folder.glob("pool_*")): raise ValueError(f"{visible(str(folder))} holds metrics, but no run.json: they are not from here, and are not overwritten")
     if path.exists() and resume:
         if differ := _differences((said := _said(path))["settings"], settings): raise ValueError(f"{visible(str(folder))} was made with other settings: {'; '.join(differ)}. Choose another folder, or resume=False to begin again")
-        if said.get("complete") is True and all((folder/x).is_file() for x in _expected(settings)): return True
+        if said.get("complete") is True and _intact(folder, settings): return True
     elif path.exists(): _clear_metrics(folder)
     (folder/".work").mkdir(parents=True, exist_ok=True)
     _write_strict(path, dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
     return False
 
-# %% ../nbs/14b_cells.ipynb #57717a87
+# %% ../nbs/14b_cells.ipynb #364ce006
 def _clear_metrics(folder: Path) -> None:
     "Remove what a run has written, and nothing else."
+    (folder/".work"/"states.safetensors").unlink(missing_ok=True) # first, since it vouches for the rest
     shutil.rmtree(folder/".work", ignore_errors=True)
-    for pool in _POOLINGS:
-        for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool}.safetensors"): (folder/f"pool_{pool}"/name).unlink(missing_ok=True)
+    for pool in (folder/f"pool_{name}" for name in _POOLINGS):
+        for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool.name[5:]}.safetensors"): (pool/name).unlink(missing_ok=True)
+        if pool.is_dir() and not any(pool.iterdir()): pool.rmdir()
 
-# %% ../nbs/14b_cells.ipynb #480a673a
+# %% ../nbs/14b_cells.ipynb #5446c491
 def _device(device: Any) -> torch.device: # ValueError for one that cannot be used
     try:
         there = torch.device("cpu" if device is None else device)
@@ -2266,7 +2315,7 @@ def _device(device: Any) -> torch.device: # ValueError for one that cannot be us
         return there
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e: raise ValueError(f"device={device!r} cannot be used here: {visible(str(e).splitlines()[0])[:200]}") from None
 
-# %% ../nbs/14b_cells.ipynb #338f9028
+# %% ../nbs/14b_cells.ipynb #846cf135
 _INTERVALS_UPTO = 512
 
 def _settings(o: dict, hs: HiddenStates) -> dict:
@@ -2275,13 +2324,13 @@ def _settings(o: dict, hs: HiddenStates) -> dict:
     some = ["global", "segments", "macro"] if hs.hidden_dim <= _INTERVALS_UPTO else []
     return o | dict(intervals=some if o["intervals"] is None else o["intervals"], source=_source_hash(hs))
 
-# %% ../nbs/14b_cells.ipynb #ae6cd3bb
+# %% ../nbs/14b_cells.ipynb #449bffa9
 def _say(work: _Work) -> None:
     s = work.steps
     if s.overlapping: warnings.warn(f"steps overlap: {_n(s.overlapping, 'token')} more than lie in steps", stacklevel=4)
     if n := len(work.bad): warnings.warn(f"left out for numbers that are not finite: {_n(n, 'row')}, the first is {_place(work, int(work.bad[0]))}", stacklevel=4)
 
-# %% ../nbs/14b_cells.ipynb #b426bda2
+# %% ../nbs/14b_cells.ipynb #68bfb005
 def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, progress: bool) -> None:
     "Plan, pass, files."
     o, device = _settings(o, hs), _device(device)
@@ -2298,7 +2347,7 @@ def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, pro
         work.rows = work.sums = None
     shutil.rmtree(folder/".work", ignore_errors=done)
 
-# %% ../nbs/14b_cells.ipynb #75851bf1
+# %% ../nbs/14b_cells.ipynb #66a68bc7
 def spectral_metrics(
     hidden_states_or_folder: Any = None, # a `HiddenStates`, its folder, or what `extract_hidden_states` returned; None: the toy's states on its own annotated traces, made first
     out_dir: str | Path | None = None, # the folder to write; None: `spectral_metrics/` and the name of the model
@@ -2326,13 +2375,15 @@ def spectral_metrics(
     with TemporaryDirectory() as made:
         if hidden_states_or_folder is None: extract_hidden_states(out_dir=(hidden_states_or_folder := made), progress=False)
         given = hidden_states_or_folder
+        if not isinstance(given, (HiddenStates, Manifest, str, os.PathLike)): raise ValueError(f"{type(given).__name__} is no folder of hidden states: give its path, a HiddenStates, or nothing for the toy's")
         hs = given if isinstance(given, HiddenStates) else HiddenStates(given.folder if isinstance(given, Manifest) else given)
         name = _folder_name(str(hs.config.get("model") or hs.folder.name))
         folder = Path(out_dir) if out_dir is not None else Path(root or ".")/"spectral_metrics"/name
+        if folder.resolve() == hs.folder.resolve(): raise ValueError(f"{visible(str(folder))} holds the hidden states: give another folder for the metrics")
         _run(hs, folder, o, device, resume, progress)
     return load_metrics(folder)
 
-# %% ../nbs/14b_cells.ipynb #7c9f2d1e
+# %% ../nbs/14b_cells.ipynb #4a665918
 @dataclass(repr=False)
 class SpectralMetrics:
     "The metrics of one model; made by `load_metrics`."
@@ -2353,24 +2404,30 @@ class SpectralMetrics:
         told = [f"{len(x)} {what}" for x, what in ((self.problems, "damaged"), (self.missing, "missing"), (self.foreign, "of others")) if x]
         return visible(f"SpectralMetrics({self.model}: {', '.join(self.pools)}{told and '; files ' + ', '.join(told) or ''})")
 
-# %% ../nbs/14b_cells.ipynb #4f2af11f
+# %% ../nbs/14b_cells.ipynb #78a844a0
 def _ours(value: Any) -> bool: # whether a file says that it is from here, in this version
     return isinstance(value, dict) and isinstance(value.get("source"), dict) and any(value.get("schema") == _SCHEMA.format(k) for k in (*_FILES, "sensitivity"))
 
-# %% ../nbs/14b_cells.ipynb #7b53d542
+# %% ../nbs/14b_cells.ipynb #656debc0
 @cache
 def _validator(name: str) -> Any: # of JSON Schema, for one kind of file; made once
     from jsonschema import Draft202012Validator
-    return Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": metrics_schema()["$defs"]})
+    from jsonschema.validators import extend
+    types = dict(integer=lambda _, x: type(x) is int and -2 ** 63 <= x < 2 ** 63, number=lambda _, x: type(x) in (int, float) and abs(x) < 2 ** 1023)
+    strict = extend(Draft202012Validator, type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many(types))
+    return strict({"$ref": f"#/$defs/{name}", "$defs": metrics_schema()["$defs"]})
 
-def _wrong(value: dict) -> str | None: # None: it is as it should be
-    "Where a file of ours differs from the schema."
+# %% ../nbs/14b_cells.ipynb #368f1fd4
+def _wrong(value: dict, name: str, pool: str) -> str | None: # None: it is as it should be
+    "What is wrong with a file of ours, by its name and its folder."
     from jsonschema.exceptions import best_match
-    name = next(k for k in (*_FILES, "sensitivity") if value["schema"] == _SCHEMA.format(k))
-    error = best_match(_validator(name).iter_errors(value))
-    return error and f"at {'.'.join(map(str, error.absolute_path)) or 'the top'}: {error.message[:200]}"
+    if name not in (*_FILES, "sensitivity") or value["schema"] != _SCHEMA.format(name): return f"it says that it is a {value['schema']}"
+    if (error := best_match(_validator(name).iter_errors(value))): return f"at {'.'.join(map(str, error.absolute_path)) or 'the top'}: {error.message[:200]}"
+    if value["pool"] != pool: return f"it says that it belongs to pool_{value['pool']}"
+    bins = [b["bin"] for b in value.get("bins", ())]
+    if name == "depth_profile" and (bins != list(range(value["n_bins"])) or value["bin_edges"] != [b / len(bins) for b in range(len(bins) + 1)]): return "its bins are not those that it announces"
 
-# %% ../nbs/14b_cells.ipynb #7ad019e9
+# %% ../nbs/14b_cells.ipynb #1e2daf5f
 def load_metrics(
     folder: str | Path, # with folders pool_all, pool_mean, …
     max_json: int = 1 << 28, # bytes of a file
@@ -2382,11 +2439,18 @@ def load_metrics(
     out = SpectralMetrics(folder, {p.name[5:]: {} for p in pools})
     for pool in pools:
         for path in sorted({*pool.glob("*.json"), *(pool/f"{name}.json" for name in _FILES)}): _load_one(out, pool, path, max_json)
-        spectra = pool/f"spectra_{pool.name[5:]}.safetensors"
-        if _ours(out.raw[pool.name[5:]].get("basic_metrics")) and not spectra.is_file(): out.missing.append(f"{pool.name}/{spectra.name}")
+        if _ours(out.raw[pool.name[5:]].get("basic_metrics")): _look_at_spectra(out, pool.name[5:])
     return out
 
-# %% ../nbs/14b_cells.ipynb #39d5ba69
+# %% ../nbs/14b_cells.ipynb #9052136d
+def _look_at_spectra(out: SpectralMetrics, pool: str) -> None:
+    path = out.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors"
+    if not path.is_file(): out.missing.append(f"pool_{pool}/{path.name}"); return
+    try:
+        with safe_open(path, framework="pt", device="cpu") as f: f.keys()
+    except (OSError, SafetensorError) as e: out.problems.append(visible(f"pool_{pool}/{path.name}: {e}"))
+
+# %% ../nbs/14b_cells.ipynb #b0e5ff7b
 def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     "One file into the metrics, or into what is wrong with them."
     name = f"{pool.name}/{path.name}"
@@ -2394,12 +2458,12 @@ def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     try:
         if path.stat().st_size > most: raise ValueError(f"{path.stat().st_size:,} bytes, more than max_json={most:,}")
         value = _strict_json(path.read_bytes(), name)
-        if (ours := _ours(value)) and (wrong := _wrong(value)): raise ValueError(f"{name}: {wrong}")
+        if (ours := _ours(value)) and (wrong := _wrong(value, path.stem, pool.name[5:])): raise ValueError(f"{name}: {wrong}")
     except (ValueError, OSError) as e: out.problems.append(visible(str(e))); return
     out.raw[pool.name[5:]][path.stem] = value
     if not ours: out.foreign.append(name)
 
-# %% ../nbs/14b_cells.ipynb #62fb5f47
+# %% ../nbs/14b_cells.ipynb #e3376893
 def load_models(
     root: str | Path, # a tree `<model>/pool_all/…`, or the folder above it
 ) -> dict[str, SpectralMetrics]: # by name of the folder
@@ -2408,7 +2472,7 @@ def load_models(
     root = root/"spectral_metrics" if (root/"spectral_metrics").is_dir() else root
     return {p.name: load_metrics(p) for p in sorted(root.iterdir()) if p.is_dir() and any(q.is_dir() for q in p.glob("pool_*"))}
 
-# %% ../nbs/14b_cells.ipynb #61ac1b4e
+# %% ../nbs/14b_cells.ipynb #68d1a54d
 @patch
 def file(self: SpectralMetrics,
     name: str, # "basic_metrics", "depth_profile", "token_count_sweep", "svd_vs_covariance" or "sensitivity"
@@ -2419,7 +2483,7 @@ def file(self: SpectralMetrics,
     if _ours(value): return value
     raise ValueError(next((p for p in self.problems if p.startswith(path)), f"{path} is {'not from here' if value is not None else 'missing'}") + f" in {visible(str(self.folder))}")
 
-# %% ../nbs/14b_cells.ipynb #02b44da0
+# %% ../nbs/14b_cells.ipynb #7c5ad0b0
 @patch
 def spectrum(self: SpectralMetrics,
     group: str = "global", # the key of an entry's `spectrum`, such as "macro/Plan" or "bins/3"
@@ -2432,7 +2496,7 @@ def spectrum(self: SpectralMetrics,
     head = next(f for f in self.raw[pool].values() if _ours(f))
     return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=head["hidden_dim"], centered=centered, dtype=head["conventions"]["dtype"], mean_norm=entry.get("mean_norm"))
 
-# %% ../nbs/14b_cells.ipynb #5376be30
+# %% ../nbs/14b_cells.ipynb #cba72833
 @patch
 def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
     cache, path = self.__dict__.setdefault("_loaded", {}), self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors"
@@ -2442,13 +2506,13 @@ def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
         if any(t.dtype != torch.float64 or t.ndim != 1 for t in cache[pool].values()): raise ValueError(f"{visible(str(path))} holds tensors that are no spectra")
     return cache[pool]
 
-# %% ../nbs/14b_cells.ipynb #afc01051
+# %% ../nbs/14b_cells.ipynb #6dedf4db
 def _leaves(kind: str, tree: Mapping) -> Iterator[tuple[dict, dict]]: # kind, segment and group; entry
     "The entries of one kind: a dictionary, or for crossings one of dictionaries."
     if kind == "segments_macro": yield from ((dict(kind=kind, segment=x, group=y), e) for x, inner in tree.items() for y, e in inner.items())
     else: yield from ((dict(kind=kind, segment=x if kind == "segments" else None, group=x), e) for x, e in tree.items())
 
-# %% ../nbs/14b_cells.ipynb #824dc063
+# %% ../nbs/14b_cells.ipynb #9b42cf96
 _PLACE = dict(kind="global", segment=None, group="global", bin=None, count=None, seed=None)
 
 def _levels(entry: Mapping) -> Iterator[tuple[dict, dict]]: # of basic_metrics, or of one bin
@@ -2469,27 +2533,35 @@ def entries(self: SpectralMetrics,
         at = dict(file="token_count_sweep") | _PLACE | ({} if x == "global" else dict(kind="macro", group=x.removeprefix("macro/")))
         yield from ((at | dict(count=e["count"], seed=e["seed"]), e) for e in series if e["n_rows"] is not None)
 
-# %% ../nbs/14b_cells.ipynb #1216f89b
+# %% ../nbs/14b_cells.ipynb #25d97c8b
 @patch
 def _entry(self: SpectralMetrics, pool: str, group: str) -> dict | None: # by the key of its spectrum
     return next((e for _, e in self.entries(pool) if e.get("spectrum") == group), None)
 
-# %% ../nbs/14b_cells.ipynb #27c759be
+# %% ../nbs/14b_cells.ipynb #3858daaf
 METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null", "isotropic_null_rankme")
 _TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("segment", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
     ("metric", pa.string()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64()), ("reason", pa.string())])
 
+def _metrics(names: Any) -> list[str]: # ValueError for one that is unknown, and for none
+    some = [names] if isinstance(names, str) else list(names)
+    if not some or (lost := [x for x in some if x not in METRICS]): raise ValueError(f"{(lost[0] if some else names)!r} is no metric; choose from {', '.join(METRICS)}")
+    return some
+
+def _loaded(metrics: Any) -> SpectralMetrics: return metrics if isinstance(metrics, SpectralMetrics) else load_metrics(metrics)
+
+# %% ../nbs/14b_cells.ipynb #bf31a4e2
 def metrics_table(
     metrics: Any, # of `load_metrics`; or several by name; or a folder
     names: Sequence[str] = METRICS, # which metrics
 ) -> pa.Table: # model, pool, file, kind, segment, group, bin, count, seed, n_rows, n_traces, metric, value, lo, hi, reason
     "One row for each number; null where it is undefined, with the reason."
-    several = metrics if isinstance(metrics, Mapping) else {None: metrics if isinstance(metrics, SpectralMetrics) else load_metrics(metrics)}
+    several, names = {k: _loaded(m) for k, m in (metrics if isinstance(metrics, Mapping) else {None: metrics}).items()}, _metrics(names)
     rows = [dict(model=name or m.model, pool=pool, **where, n_rows=e["n_rows"], n_traces=e.get("n_traces"), metric=k, value=e[k], lo=(e.get("ci", {}).get(k) or [None])[0], hi=(e.get("ci", {}).get(k) or [None])[-1], reason=e.get("reason", {}).get(k))
         for name, m in several.items() for pool in m.pools for where, e in m.entries(pool) for k in names if k in e]
     return pa.Table.from_pylist(rows, schema=_TABLE)
 
-# %% ../nbs/14b_cells.ipynb #64c56a5a
+# %% ../nbs/14b_cells.ipynb #897d1262
 def compare_models(
     models: Mapping[str, SpectralMetrics], # by name, as `load_models` reads them
     metric: str = "rankme", # a name of `METRICS`
@@ -2498,25 +2570,26 @@ def compare_models(
 ) -> list[dict]: # one a group: kind, segment, group, and values: name of the model -> number, None where it has none
     "One metric of several models side by side."
     found: dict[tuple, dict] = {}
-    if metric not in METRICS: raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(METRICS)}")
-    file = "basic_metrics" if count is None else "token_count_sweep"
-    for name, m in models.items():
+    if not isinstance(models, Mapping): raise ValueError("give models by name, as load_models does")
+    file, (metric,), several = "basic_metrics" if count is None else "token_count_sweep", _metrics([metric]), {k: _loaded(m) for k, m in models.items()}
+    for name, m in several.items():
         here = [(at, e) for at, e in m.entries(pool) if at["file"] == file and at["count"] == count]
         seed = min((at["seed"] for at, _ in here), default=None) if count is not None else None
         for at, e in here:
             if at["seed"] == seed: found.setdefault((at["kind"], at["segment"], at["group"]), {})[name] = e.get(metric)
+    if several and not found: raise ValueError(f"none of the models has {'metrics' if count is None else f'a count of {count!r}'} in pool_{pool}")
     return [dict(zip(("kind", "segment", "group"), key), values={name: x.get(name) for name in models}) for key, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #4bb825d5
-def _of(m: SpectralMetrics, pool: str, file: str, kinds: Collection[str] = ("global", "macro")) -> dict[tuple[str, str], list[tuple[dict, dict]]]: # (kind, group) -> (place, entry)
-    "The entries of one file by group; ValueError if the file is missing."
+# %% ../nbs/14b_cells.ipynb #bc4345f8
+def _of(m: SpectralMetrics, pool: str, file: str, names: Any, kinds: Collection[str] = ("global", "macro")) -> dict[tuple[str, str], list[tuple[dict, dict]]]: # (kind, group) -> (place, entry)
+    "The entries of one file by group; ValueError if the file is missing, or a metric unknown."
     out: dict[tuple, list] = {}
-    m.file(file, pool)
+    m.file(file, pool), _metrics(names)
     for at, e in m.entries(pool):
         if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault((at["kind"], at["group"]), []).append((at, e))
     return dict(sorted(out.items(), key=lambda x: (x[0][0] != "global", x[0])))
 
-# %% ../nbs/14b_cells.ipynb #4607ff4c
+# %% ../nbs/14b_cells.ipynb #dc6e53b2
 _NULLS = dict(rankme="isotropic_null_rankme", effective_rank="isotropic_null") # what noise without a preferred direction would have
 _TITLES = dict(rankme="RankMe", alpha="α", alpha_r2="R² of α", n90="components for 90 %", n99="components for 99 %")
 
@@ -2524,62 +2597,62 @@ def _words(group: tuple[str, str]) -> str: return "all" if group[0] == "global" 
 
 def _title(name: str) -> str: return _TITLES.get(name, _label(name.replace("_", " ")))
 
-# %% ../nbs/14b_cells.ipynb #d08f9d12
+# %% ../nbs/14b_cells.ipynb #9b2210ac
 def _draw_category(ax: Any, y: int, e: Mapping, name: str) -> None:
     "One point with its interval, and its null in words."
     ci = (e.get("ci") or {}).get(name)
     ax.errorbar(e[name], y, xerr=ci and [[max(e[name] - ci[0], 0)], [max(ci[1] - e[name], 0)]], fmt="o", color=_COLOURS[y % len(_COLOURS)], capsize=3)
     if (null := e.get(_NULLS.get(name))) is not None: ax.text(.995, y - .12, f"noise {null:.4g}", transform=ax.get_yaxis_transform(), ha="right", va="bottom", color="#888888", fontsize="x-small")
 
-# %% ../nbs/14b_cells.ipynb #89ea9e28
+# %% ../nbs/14b_cells.ipynb #4b9177d3
 def plot_categories(
     metrics: SpectralMetrics, # of `load_metrics`
     names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
     pool: str = "all", # pooling
 ) -> Figure: # points with intervals; in brackets rows, beside ranks the isotropic null
     "Metrics by category."
-    groups = {g: x[0][1] for g, x in _of(metrics, pool, "basic_metrics").items()}
+    names, groups = _metrics(names), {g: x[0][1] for g, x in _of(metrics, pool, "basic_metrics", names).items()}
     fig, axes = _axes(len(names), f"By category, pooling “{_label(pool)}”")
     for ax, name in zip(axes, names):
         for y, e in enumerate(groups.values()):
-            if e[name] is not None: _draw_category(ax, y, e, name)
+            if e.get(name) is not None: _draw_category(ax, y, e, name)
         ax.set(xlabel=_title(name), yticks=range(len(groups)), yticklabels=[f"{_words(g)} ({e['n_rows']:,})" for g, e in groups.items()] if ax is axes[0] else [])
-        ax.set_ylim(len(groups) - .5, -.5), ax.margins(x=.12)
+        ax.set_ylim(max(len(groups), 1) - .5, -.5), ax.margins(x=.12)
     return fig
 
-# %% ../nbs/14b_cells.ipynb #b6c57b83
+# %% ../nbs/14b_cells.ipynb #c94d9995
 def plot_depth(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
     pool: str = "all", # pooling
 ) -> Figure: # one line a category, over the part of the trace
     "A metric over the depth in the trace."
-    B, groups = metrics.file("depth_profile", pool)["n_bins"], _of(metrics, pool, "depth_profile")
+    B, groups = metrics.file("depth_profile", pool)["n_bins"], _of(metrics, pool, "depth_profile", name)
     fig, (ax,) = _axes(title=f"Over the trace, pooling “{_label(pool)}”")
     for i, (g, points) in enumerate(groups.items()):
-        x = [((at["bin"] + .5) / B, e[name]) for at, e in points if e[name] is not None]
+        x = [((at["bin"] + .5) / B, e[name]) for at, e in points if e.get(name) is not None]
         if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], linewidth=2 if g[0] == "global" else 1, label=_words(g))
     ax.set(xlabel="place in the trace", ylabel=_title(name), xlim=(0, 1))
     if ax.lines: fig.legend(loc="outside right upper", frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #9c771a35
+# %% ../nbs/14b_cells.ipynb #6519a0de
 def plot_cells(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
     pool: str = "all", # pooling
 ) -> Figure: # category × depth; empty where there is no value
     "A metric as a map of category and depth."
-    found, B = _of(metrics, pool, "depth_profile", ("macro",)), metrics.file("depth_profile", pool)["n_bins"]
+    found, B = _of(metrics, pool, "depth_profile", name, ("macro",)), metrics.file("depth_profile", pool)["n_bins"]
     fig, (ax,) = _axes(title=f"By category and place, pooling “{_label(pool)}”")
     map = np.full((len(found), B), np.nan)
     for y, points in enumerate(found.values()):
-        for at, e in points: map[y, at["bin"]] = np.nan if e[name] is None else e[name]
+        for at, e in points: map[y, at["bin"]] = np.nan if e.get(name) is None else e[name]
     _paint(fig, ax, map, name)
     ax.set(xlabel="place in the trace", yticks=range(len(found)), yticklabels=[_words(g) for g in found])
     return fig
 
-# %% ../nbs/14b_cells.ipynb #b320420c
+# %% ../nbs/14b_cells.ipynb #32c5087c
 def _paint(fig: Figure, ax: Any, map: np.ndarray, name: str) -> None: # map: [groups, bins], NaN where there is nothing
     "Colours, and figures if they fit."
     if not np.isfinite(map).any(): return
@@ -2589,26 +2662,26 @@ def _paint(fig: Figure, ax: Any, map: np.ndarray, name: str) -> None: # map: [gr
     for y, b in np.argwhere(np.isfinite(map)) if B <= 12 and n <= 14 else ():
         ax.text((b + .5) / B, y, f"{map[y, b]:.3g}", ha="center", va="center", fontsize="x-small", color="black" if image.norm(map[y, b]) > .6 else "white")
 
-# %% ../nbs/14b_cells.ipynb #996ac2f5
+# %% ../nbs/14b_cells.ipynb #fcd421d7
 def _draw_sweep(ax: Any, groups: Mapping, name: str) -> None:
     "A line a group and seed."
     for i, (g, points) in enumerate(groups.items()):
         for k, seed in enumerate(sorted({at["seed"] for at, _ in points})):
-            x = [(e["n_rows"], e[name]) for at, e in points if at["seed"] == seed and e[name] is not None]
+            x = [(e["n_rows"], e[name]) for at, e in points if at["seed"] == seed and e.get(name) is not None]
             if x: ax.plot(*zip(*x), "o-", markersize=3, color=_COLOURS[i % len(_COLOURS)], label=_words(g) if not k else None)
     counts = sorted({e["n_rows"] for points in groups.values() for _, e in points})
     if ax.lines: ax.set_xscale("log")
     if len(counts) <= 6: ax.set_xticks(counts, [f"{c:,}" if c >= 1.6 * b else "" for b, c in zip([0, *counts], counts)]), ax.set_xticks([], minor=True)
     ax.set(xlabel="rows", ylabel=_title(name))
 
-# %% ../nbs/14b_cells.ipynb #d7eed215
+# %% ../nbs/14b_cells.ipynb #333b59fe
 def plot_sweep(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "rankme", # a metric
     pool: str = "all", # pooling
 ) -> Figure: # one line a category and seed, over the number of rows; for rank metrics a second panel with the isotropic null
     "A metric over the number of rows."
-    groups = _of(metrics, pool, "token_count_sweep")
+    groups = _of(metrics, pool, "token_count_sweep", name)
     null = {e["n_rows"]: e[_NULLS[name]] for points in groups.values() for _, e in points if name in _NULLS and e[_NULLS[name]] is not None}
     fig, axes = _axes(2 if null else 1, f"The same number of rows for all, pooling “{_label(pool)}”")
     for ax in axes: _draw_sweep(ax, groups, name)
@@ -2616,14 +2689,14 @@ def plot_sweep(
     if axes[-1].lines: fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #f18ab117
+# %% ../nbs/14b_cells.ipynb #f123294e
 def plot_spectra(
     metrics: SpectralMetrics, # of `load_metrics`
     groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all, and the first five categories
     pool: str = "all", # pooling
 ) -> Figure: # of `plot_spectrum`
     "Saved spectra, each with its fit."
-    preset, known = metrics.file("basic_metrics", pool)["conventions"]["preset"], {"global": "all"} | {f"macro/{g}": g for _, g in _of(metrics, pool, "basic_metrics", ("macro",))}
+    preset, known = metrics.file("basic_metrics", pool)["conventions"]["preset"], {"global": "all"} | {f"macro/{g}": g for _, g in _of(metrics, pool, "basic_metrics", METRICS, ("macro",))}
     chosen: dict[str, Spectrum] = {}
-    for key in groups or list(known)[:6]: chosen[key if (name := known.get(key, key)) in chosen else name] = metrics.spectrum(key, pool)
+    for key in [groups] if isinstance(groups, str) else groups or list(known)[:6]: chosen[key if (name := known.get(key, key)) in chosen else name] = metrics.spectrum(key, pool)
     return plot_spectrum(chosen, preset)
