@@ -700,6 +700,6 @@ def _spectral(args: argparse.Namespace) -> None:
     if args.json: return print(json.dumps(dict(folder=str(made.folder.resolve()), model=made.model, pool=first, metrics=rows)))
     c = made.file("basic_metrics", first)["conventions"]
     console = Console(highlight=False, force_jupyter=False)
-    console.print(_table(f"{visible(made.model)}, pooling {first}, {_count(rows[0]['rows'], 'row')}, {'centred' if c['centered'] else 'not centred'}, preset {c['preset']}", ["group", "rows", *_SPECTRAL_SHOWN.values()], [[r["group"] if r["kind"] in ("global", "macro") else f"{r['kind']}: {r['group']}", *list(r.values())[2:]] for r in rows]))
+    console.print(_table(f"{visible(made.model)}, pooling {first}, {_count(rows[0]['rows'], 'row')}, {'centred' if c['centered'] else 'not centred'}, preset {c['preset']}", ["group", "rows", *_SPECTRAL_SHOWN.values()], [[dict(macro=r["group"]).get(r["kind"], "all" if r["kind"] == "global" else f"{r['kind']}: {r['group']}"), *list(r.values())[2:]] for r in rows]))
     console.print("noise: what rows without a preferred direction would have; first: share of the first direction in the variance")
     print(visible(str(made.folder.resolve())))
