@@ -1790,7 +1790,7 @@ def _means(work: _Work, steps: np.ndarray) -> torch.Tensor: # float64
     sums = np.add.reduceat(sums, np.cumsum(b - a) - (b - a), axis=0) if len(steps) else sums
     return torch.from_numpy(sums / (work.steps.end - work.steps.start)[steps, None]).to(work.device)
 
-# %% ../nbs/14b_cells.ipynb #340ab675
+# %% ../nbs/14b_cells.ipynb #1402dd96
 _ORDERS = (("bins", "bins/macro", "bins/segments", "bins/segments_macro", "macro", "micro", "segments_macro", "segments", "global"),
     ("macro", "micro", "bins/macro", "bins/segments_macro", "segments_macro", "bins", "bins/segments", "segments", "global"))
 
@@ -1803,7 +1803,7 @@ def _sorted_atoms(work: _Work, pool: _Pool, order: Sequence[str]) -> list[np.nda
     new = np.flatnonzero(np.any([np.diff(c[at]) != 0 for c in table], axis=0)) + 1
     return np.split(at, new) if len(at) else []
 
-# %% ../nbs/14b_cells.ipynb #4ab69ba0
+# %% ../nbs/14b_cells.ipynb #0c874d31
 def _most_open(work: _Work, pool: _Pool, atoms: Sequence[np.ndarray]) -> int:
     "How many states are open at once, at most."
     thin, left, most, now = _thin(work, pool.groups), Counter(), 0, set()
@@ -1820,7 +1820,7 @@ def _atoms(work: _Work, pool: _Pool) -> list[np.ndarray]: # in the order of the 
     if "_made" not in pool.__dict__: pool._made = min((_sorted_atoms(work, pool, order) for order in _ORDERS), key=lambda atoms: _most_open(work, pool, atoms))
     return pool._made
 
-# %% ../nbs/14b_cells.ipynb #675f12da
+# %% ../nbs/14b_cells.ipynb #97223118
 def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: # pieces, and the rows [a, b) of each
     "Blocks of so many rows, from pieces of n rows each."
     ends = np.cumsum(n)
@@ -1829,7 +1829,7 @@ def _blocks(n: np.ndarray, size: int = _CHUNK) -> Iterator[tuple[np.ndarray, np.
         k = np.arange(np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1)
         yield k, np.maximum(low - ends[k] + n[k], 0), np.minimum(high - ends[k] + n[k], n[k])
 
-# %% ../nbs/14b_cells.ipynb #4a1b5323
+# %% ../nbs/14b_cells.ipynb #b5833c9b
 def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "The rows of an atom from the folder; on their way some are copied."
     p, s = pool.pieces, work.steps
@@ -1844,7 +1844,7 @@ def _read_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.T
         if not torch.isfinite(seen).all(): block = _without_bad(work, block, np.repeat(start - np.cumsum(size) + size, size) + np.arange(len(block)))
         yield block
 
-# %% ../nbs/14b_cells.ipynb #6ff637b8
+# %% ../nbs/14b_cells.ipynb #7f99dd8d
 def _keep(work: _Work, block: torch.Tensor, start: np.ndarray, end: np.ndarray) -> None:
     "Copy the rows of a block that wait to the store."
     a, b = np.searchsorted(work.wanted, start), np.searchsorted(work.wanted, end)
@@ -1860,7 +1860,7 @@ def _add_sums(sums: _Store, block: torch.Tensor, piece: np.ndarray, a: np.ndarra
     sums.put(piece, part)
     return part
 
-# %% ../nbs/14b_cells.ipynb #f9643ca3
+# %% ../nbs/14b_cells.ipynb #78adf069
 def _without_bad(work: _Work, block: torch.Tensor, rows: np.ndarray) -> torch.Tensor: # the finite rows
     "Leave out what is not finite, and remember its numbers."
     good = torch.isfinite(block).all(1)
@@ -1872,7 +1872,7 @@ def _place(work: _Work, row: int) -> str: # of a row of the folder, in words
     i = int(np.flatnonzero((s.offset <= row) & (row < s.offset + s.size))[0])
     return f"row {row:,} (sample {visible(s.names[i])}, token {row - s.offset[i]:,})"
 
-# %% ../nbs/14b_cells.ipynb #23453a60
+# %% ../nbs/14b_cells.ipynb #34c6875b
 def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Moments], begin: int = 0, after: Callable = lambda i: None, tick: Callable = lambda n: None) -> None:
     "Rows into atoms, atoms into groups, groups into spectra."
     thin, of, left, atoms = _thin(work, pool.groups), pool.groups.of, Counter(), _atoms(work, pool)
@@ -1890,14 +1890,14 @@ def _accumulate(work: _Work, pool: _Pool, blocks: Callable, states: dict[int, Mo
             if not left[g]: _close(work, pool, g, states.pop(g))
         after(i + 1)
 
-# %% ../nbs/14b_cells.ipynb #c0c97893
+# %% ../nbs/14b_cells.ipynb #d4eaa947
 def _absorb(work: _Work, pool: _Pool, states: dict[int, Moments], g: int, state: Moments, piece: int) -> None:
     "Merge an atom into a group, and into its part for the intervals."
     states.setdefault(g, Moments()).absorb(state)
     if pool.groups.kind[g] in work.o["intervals"]:
         pool.parts.setdefault(g, {}).setdefault(int(work.trace_group[work.steps.sample[pool.pieces.step[piece]]]), Moments()).absorb(state)
 
-# %% ../nbs/14b_cells.ipynb #e68dddb2
+# %% ../nbs/14b_cells.ipynb #245da0a7
 _CI = dict(rankme=rankme, effective_rank=effective_rank, participation_ratio=participation_ratio, stable_rank=stable_rank) # metrics with intervals, and alpha
 
 def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
@@ -1908,7 +1908,7 @@ def _close(work: _Work, pool: _Pool, g: int, state: Moments) -> None:
 def _nothing(work: _Work, kind: str) -> _Solved: # a group without rows
     return _Solved(Spectrum([], n=0, d=work.d, method="gram"), ci=dict.fromkeys(_ci_metrics(work), "no rows") if kind in work.o["intervals"] else None)
 
-# %% ../nbs/14b_cells.ipynb #c812fc07
+# %% ../nbs/14b_cells.ipynb #e3064bf4
 def _solve_thick(work: _Work, pool: _Pool, g: int, state: Moments) -> _Solved:
     "A group from its moments, and its intervals from those of its parts."
     parts = [m for _, m in sorted(pool.parts.pop(g, {}).items())]
@@ -1920,7 +1920,7 @@ def _ci_metrics(work: _Work) -> dict[str, Callable]: return _CI | dict(alpha=lam
 
 def _bounds(x: Interval) -> list[float] | str: return x.reason or "undefined" if x.lo is None else [x.lo, x.hi]
 
-# %% ../nbs/14b_cells.ipynb #8f496753
+# %% ../nbs/14b_cells.ipynb #eb4a67ac
 def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     "A group from the products of its rows with each other."
     kind, refs = pool.groups.kind[g], _rows_of(work, pool, g)
@@ -1932,7 +1932,7 @@ def _solve_thin(work: _Work, pool: _Pool, g: int) -> _Solved:
     if kind in work.o["intervals"]: found.ci = _thin_ci(work, pool, s, Z, refs)
     return found
 
-# %% ../nbs/14b_cells.ipynb #f096bc6e
+# %% ../nbs/14b_cells.ipynb #aa240849
 def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.ndarray) -> dict:
     "The jackknife, with rows in the place of moments."
     sample = work.steps.sample[refs] if pool.name != "all" else np.searchsorted(work.by_offset[0], refs, "right") - 1
@@ -1941,7 +1941,7 @@ def _thin_ci(work: _Work, pool: _Pool, s: Spectrum, Z: torch.Tensor, refs: np.nd
     without = (spectrum(Z[torch.from_numpy(of != k).to(Z.device)], True, "gram") for k in (groups if len(groups) > 1 else ()))
     return {k: _bounds(x) for k, x in _intervals(_ci_metrics(work), s, without, .95).items()}
 
-# %% ../nbs/14b_cells.ipynb #1a7b27b7
+# %% ../nbs/14b_cells.ipynb #510cecb1
 _SAVE_EVERY = 60. # seconds
 
 def _token_pass(work: _Work, progress: bool) -> None:
@@ -1956,13 +1956,13 @@ def _token_pass(work: _Work, progress: bool) -> None:
         _accumulate(work, pool, _read_blocks, states, begin, after, bar.update)
     _save_states(work, pool, states, len(_atoms(work, pool)))
 
-# %% ../nbs/14b_cells.ipynb #5310e3d3
+# %% ../nbs/14b_cells.ipynb #bec233c4
 def _no_groups(p: _Pieces) -> _Groups:
     "For a pass that only fills the store."
     none = np.zeros(1, np.int64)
     return _Groups(["global"], [()], {("global",): 0}, {"global": 0}, np.full((len(p.n), 1), -1), none, none, none, none)
 
-# %% ../nbs/14b_cells.ipynb #575d66f2
+# %% ../nbs/14b_cells.ipynb #8c6f6f42
 def _save_states(work: _Work, pool: _Pool, states: dict[int, Moments], done: int) -> None:
     "A point to go on from."
     for store in (work.rows, work.sums): store.flush() if store is not None else None
@@ -1972,7 +1972,7 @@ def _save_states(work: _Work, pool: _Pool, states: dict[int, Moments], done: int
     parts = {f"{g}/{k}": m for g, some in pool.parts.items() for k, m in some.items()}
     save_moments(work.work/"states.safetensors", {str(g): m for g, m in states.items()} | parts | {f"{g}/R": m for g, m in work.triangles.items()}, dict(done=done, bad=work.bad.tolist(), solved=work.saved))
 
-# %% ../nbs/14b_cells.ipynb #85c3e157
+# %% ../nbs/14b_cells.ipynb #9515ddb0
 def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # states by group, atoms that are done
     "Where the last run stopped."
     states, (found, extra) = {}, load_moments(work.work/"states.safetensors")
@@ -1986,7 +1986,7 @@ def _restore(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # stat
     work.bad, work.saved = np.array(extra["bad"], np.int64), extra["solved"]
     return states, extra["done"]
 
-# %% ../nbs/14b_cells.ipynb #e464d2ba
+# %% ../nbs/14b_cells.ipynb #f39dd433
 def _go_on(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # as `_restore`, or nothing at all
     "What can be gone on with; a checkpoint that cannot be read is dropped with a warning."
     if not (work.work/"states.safetensors").exists(): return {}, 0
@@ -2002,13 +2002,13 @@ def _go_on(work: _Work, pool: _Pool) -> tuple[dict[int, Moments], int]: # as `_r
         (work.work/"states.safetensors").unlink(missing_ok=True) # the stores are as good as new now, and nobody may take them for its own
         return {}, 0
 
-# %% ../nbs/14b_cells.ipynb #7f115a70
+# %% ../nbs/14b_cells.ipynb #4189efdd
 def _pooled_blocks(work: _Work, pool: _Pool, atom: np.ndarray) -> Iterator[torch.Tensor]:
     "Pooled rows of an atom."
     steps = _finite(work, pool.name, pool.pieces.step[atom])
     for at in range(0, max(len(steps), 1), _CHUNK): yield _load(work, pool.name, steps[at:at + _CHUNK])
 
-# %% ../nbs/14b_cells.ipynb #b54c8ce0
+# %% ../nbs/14b_cells.ipynb #022ac0dd
 def _solve_all(work: _Work, progress: bool) -> None:
     "Every group of every pooling."
     if isinstance(work.o["svd_rows"], str) and "all" in work.pools:
@@ -2020,13 +2020,13 @@ def _solve_all(work: _Work, progress: bool) -> None:
         own = pool.groups.twin == np.arange(len(pool.groups.kind))
         for g in np.flatnonzero(_thin(work, pool.groups) & own).tolist(): pool.solved[g] = _solve_thin(work, pool, g)
 
-# %% ../nbs/14b_cells.ipynb #aaa61989
+# %% ../nbs/14b_cells.ipynb #0f317609
 _WHOLE = ("n90", "n99")
 
 def _plain(name: str, x: Any) -> Any: # what JSON can hold
     return x if x is None or isinstance(x, (bool, int, str)) else int(x) if name in _WHOLE else float(x)
 
-# %% ../nbs/14b_cells.ipynb #d2434e6e
+# %% ../nbs/14b_cells.ipynb #7b80b3a1
 def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
     "One entry: metrics, counts, reasons."
     row = metrics_row(found.centered, found.uncentered, preset=work.o["preset"])
@@ -2038,7 +2038,7 @@ def _entry(work: _Work, found: _Solved, **more: Any) -> dict:
         reason |= {f"ci.{k}": v for k, v in found.ci.items() if isinstance(v, str)}
     return out | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #b79b840b
+# %% ../nbs/14b_cells.ipynb #06613212
 def _group_entry(work: _Work, pool: _Pool, spectra: dict, g: int) -> dict:
     "The entry of a group, and its spectra."
     kind, key, found = pool.groups.kind[g], _key(pool.groups.kind[g], pool.groups.place[g]), pool.solved[pool.groups.twin[g]]
@@ -2047,7 +2047,7 @@ def _group_entry(work: _Work, pool: _Pool, spectra: dict, g: int) -> dict:
     if found.uncentered is not None: spectra[f"{key}/uncentered"] = torch.from_numpy(found.uncentered.sigma.copy())
     return _entry(work, found, n_steps=int(pool.groups.steps[g]), n_traces=int(pool.groups.traces[g]), spectrum=key)
 
-# %% ../nbs/14b_cells.ipynb #ef126a3a
+# %% ../nbs/14b_cells.ipynb #ea7eb491
 def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -> entry, or label -> label -> entry, …
     "All entries of a kind."
     out: dict = {}
@@ -2057,7 +2057,7 @@ def _tree(work: _Work, pool: _Pool, spectra: dict, kind: str) -> dict: # label -
         at[last] = _group_entry(work, pool, spectra, g)
     return out
 
-# %% ../nbs/14b_cells.ipynb #22f9ef52
+# %% ../nbs/14b_cells.ipynb #20a7e1d2
 def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]: # the share; why it is None
     "How much of the variance lies between the categories."
     some = [pool.solved[pool.groups.number["macro", x]] for x in work.steps.labels["macro"]]
@@ -2065,7 +2065,7 @@ def _between(work: _Work, pool: _Pool) -> tuple[float | None, dict]: # the share
     try: return _share_between(np.array([s.centered.n for s in some], float), np.array([s.mean for s in some]), sum(s.within for s in some)), {}
     except UndefinedMetric as undefined: return None, dict(between_share=undefined.reason)
 
-# %% ../nbs/14b_cells.ipynb #9ad0c6d6
+# %% ../nbs/14b_cells.ipynb #129fdbf1
 def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "basic_metrics.json without its head."
     s, tree = work.steps, lambda kind: _tree(work, pool, spectra, kind)
@@ -2075,14 +2075,14 @@ def _basic_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     counts = dict(empty_steps=s.empty, unannotated_tokens=s.unannotated, overlapping_tokens=s.overlapping, nonfinite_rows=bad)
     return out | dict(between_share=share, counts=counts) | (dict(reason=reason) if reason else {})
 
-# %% ../nbs/14b_cells.ipynb #6bb4764d
+# %% ../nbs/14b_cells.ipynb #39c35233
 def _depth_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "depth_profile.json without its head."
     B, plain, trees = work.o["n_bins"], _tree(work, pool, spectra, "bins"), {k: _tree(work, pool, spectra, f"bins/{k}") for k in ("macro", "segments", "segments_macro")}
     bins = [dict(bin=b, lo=b / B, hi=(b + 1) / B) | {k: t.get(b, {}) for k, t in trees.items()} | plain[b] for b in range(B)]
     return dict(n_bins=B, bin_edges=[b / B for b in range(B + 1)], position="token" if pool.name == "all" else "step_center", bins=bins)
 
-# %% ../nbs/14b_cells.ipynb #1a59b410
+# %% ../nbs/14b_cells.ipynb #c90c35dd
 def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[int, Spectrum]]: # count, spectrum
     "Spectra of the first so many units, for each count that the group has."
     state, done = Moments(), 0
@@ -2093,7 +2093,7 @@ def _sweep_spectra(work: _Work, pool: _Pool, drawn: _Drawn) -> Iterator[tuple[in
         done = upto
         yield count, state.spectrum()
 
-# %% ../nbs/14b_cells.ipynb #0bb4b916
+# %% ../nbs/14b_cells.ipynb #5a11f015
 def _series(work: _Work, pool: _Pool, spectra: dict, g: int, seed: int) -> list[dict]:
     "The entries of one group and seed."
     key, drawn, out = _key(pool.groups.kind[g], pool.groups.place[g]), pool.drawn.get((g, seed)), []
@@ -2104,7 +2104,7 @@ def _series(work: _Work, pool: _Pool, spectra: dict, g: int, seed: int) -> list[
     short = [c for c in pool.counts if c > units]
     return out + [dict(count=c, seed=seed, n_rows=None, reason={"count": f"the group has {units:,}"}) for c in short[:1]]
 
-# %% ../nbs/14b_cells.ipynb #c05483e0
+# %% ../nbs/14b_cells.ipynb #fbc8ccaf
 def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "token_count_sweep.json without its head."
     name = lambda x: f"macro/{x}" if x == "global" or x.startswith("macro/") else x
@@ -2112,7 +2112,7 @@ def _sweep_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     told = {k: [e for seed in work.o["seeds"] for e in _series(work, pool, spectra, g, seed)] for k, g in series.items()}
     return dict(sampler="bottomk-splitmix64", seeds=list(work.o["seeds"]), unit=_unit_of(work, pool.name), counts=list(pool.counts), matched_count=pool.matched, series=told)
 
-# %% ../nbs/14b_cells.ipynb #3ef313d6
+# %% ../nbs/14b_cells.ipynb #92a90bd2
 def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum, Spectrum]: # centred covariance, centred SVD, uncentred SVD
     if pool.name == "all" and g in work.triangles: return pool.solved[g].centered, work.triangles[g].spectrum(), work.triangles[g].spectrum(center=False)
     refs = _rows_of(work, pool, g) if isinstance(work.o["svd_rows"], str) else _finite(work, pool.name, np.sort(pool.checked[g].rows))
@@ -2123,7 +2123,7 @@ def _three_routes(work: _Work, pool: _Pool, g: int) -> tuple[Spectrum, Spectrum,
         state.update(Z), triangle.update(Z)
     return state.spectrum(), triangle.spectrum(), triangle.spectrum(center=False)
 
-# %% ../nbs/14b_cells.ipynb #6b70ea65
+# %% ../nbs/14b_cells.ipynb #3e2e4a41
 def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why: dict[str, str] = {}
     fit = _try(why, "alpha", alpha_req, s, Preset("same", None, None, fit=PRESETS[work.o["preset"]].fit))
@@ -2131,12 +2131,12 @@ def _route(work: _Work, s: Spectrum) -> dict: # one of the three
     why |= {k: s.reason for k in ("rankme", "sigma_min_rel") if out[k] is None}
     return {k: _plain(k, v) for k, v in out.items()} | (dict(reason=why) if why else {})
 
-# %% ../nbs/14b_cells.ipynb #68376f04
+# %% ../nbs/14b_cells.ipynb #ee77bcda
 def _gap(a: dict, b: dict) -> dict: # of two routes
     rel = lambda k: None if a[k] is None or b[k] is None else a[k] / b[k] - 1
     return dict(effective_rank_rel=rel("effective_rank"), rankme_rel=rel("rankme"), alpha_abs=None if a["alpha"] is None or b["alpha"] is None else a["alpha"] - b["alpha"])
 
-# %% ../nbs/14b_cells.ipynb #5db40d6b
+# %% ../nbs/14b_cells.ipynb #30d1ec68
 def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
     "svd_vs_covariance.json without its head."
     out, names = {}, ("centered_covariance", "centered_svd", "uncentered_svd")
@@ -2150,7 +2150,7 @@ def _svd_file(work: _Work, pool: _Pool, spectra: dict) -> dict:
             definition=_gap(told["uncentered_svd"], told["centered_svd"]), max_sigma_rel_err=error, error_bound=found[0].max_rel_error)
     return dict(groups=out)
 
-# %% ../nbs/14b_cells.ipynb #c321153f
+# %% ../nbs/14b_cells.ipynb #f507a165
 def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> Iterator[tuple[str, float, torch.Tensor]]: # what, how much, rows
     "The variants of a matrix of rows."
     yield "as stored", 0., Z
@@ -2162,7 +2162,7 @@ def _without(Z: torch.Tensor, tokens: Sequence[float], dims: Sequence[int]) -> I
     for k in dims:
         if k < Z.shape[1]: yield "largest dimensions left out", float(k), Z[:, big[k:].sort().values]
 
-# %% ../nbs/14b_cells.ipynb #359dc9bf
+# %% ../nbs/14b_cells.ipynb #438eec01
 def sensitivity(
     Z: Any, # rows [n, d]
     tokens: Sequence[float] = (.005,), # shares of the rows that are left out, those with the largest norms
@@ -2177,7 +2177,7 @@ def sensitivity(
         out.append(dict(change=change, amount=amount, n_rows=len(X), hidden_dim=X.shape[1]) | found | _gap(found, out[0] if out else found) | (dict(reason=row["reason"]) if row["reason"] else {}))
     return tuple(out)
 
-# %% ../nbs/14b_cells.ipynb #337f61f3
+# %% ../nbs/14b_cells.ipynb #1ad77dcf
 _FILES = dict(basic_metrics=_basic_file, depth_profile=_depth_file, token_count_sweep=_sweep_file, svd_vs_covariance=_svd_file)
 _SCHEMA = "tracebook/spectral/{}/1"
 
@@ -2197,7 +2197,7 @@ def _by_metric(preset: str) -> dict[str, dict]: # name -> preset, weights, cente
 def _write_strict(path: Path, value: Mapping) -> None:
     _save_bytes(path, lambda f: f.write((json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()))
 
-# %% ../nbs/14b_cells.ipynb #3506d9ed
+# %% ../nbs/14b_cells.ipynb #d43ab12a
 def _head(work: _Work, pool: _Pool, name: str) -> dict:
     "What every file begins with."
     config, p = work.hs.config, PRESETS[work.o["preset"]]
@@ -2205,14 +2205,14 @@ def _head(work: _Work, pool: _Pool, name: str) -> dict:
     conventions = dict(preset=p.name, weights=dict(rankme="sigma", effective_rank="lambda"), centered=True, eps=0., fit=list(p.fit), dtype="float64" if pool.name == "mean" else str(work.hs.dtype).removeprefix("torch."), method="gram", stage=source["stage"] or "unknown", metrics=_by_metric(p.name))
     return dict(schema=_SCHEMA.format(name), created_by=f"tracebook {version('tracebook')}", source=source | dict(stage=source["stage"] or "unknown"), conventions=conventions, pool=pool.name, hidden_dim=work.d)
 
-# %% ../nbs/14b_cells.ipynb #28b0a34c
+# %% ../nbs/14b_cells.ipynb #fbcf3cc4
 def _sensitivity_file(work: _Work, pool: _Pool) -> dict:
     "sensitivity.json without its head: of the rows on which routes are compared."
     rows = _finite(work, pool.name, np.sort(pool.checked[0].rows)) if 0 in pool.checked else np.empty(0, np.int64)
     told = sensitivity(_load(work, pool.name, rows), preset=work.o["preset"]) if len(rows) > 1 else ()
     return dict(n_rows=len(rows), all_rows=len(rows) == int(pool.groups.rows[0]), changes=list(told))
 
-# %% ../nbs/14b_cells.ipynb #7cabf917
+# %% ../nbs/14b_cells.ipynb #a941b78e
 def _write_pool(work: _Work, pool: _Pool) -> None:
     "The folder of one pooling."
     folder, spectra = work.folder/f"pool_{pool.name}", {}
@@ -2221,7 +2221,7 @@ def _write_pool(work: _Work, pool: _Pool) -> None:
     if pool.name in work.o["sensitivity"]: _write_strict(folder/"sensitivity.json", _head(work, pool, "sensitivity") | _sensitivity_file(work, pool))
     _save_bytes(folder/f"spectra_{pool.name}.safetensors", lambda f: f.write(to_bytes(spectra)))
 
-# %% ../nbs/14b_cells.ipynb #13902db7
+# %% ../nbs/14b_cells.ipynb #87df2044
 _POOLINGS = ("all", "mean", "first", "last")
 _KINDS = (*_BASIC, "bins", *_CROSSED)
 _CHOICES = dict(poolings=_POOLINGS, sensitivity=_POOLINGS, svd=_BASIC, intervals=_KINDS) # lists
@@ -2232,12 +2232,12 @@ def _some(name: str, given: Any, known: Sequence[str]) -> list[str]: # ValueErro
     if some is None or len({*map(str, some)}) < len(some) or any(x not in known for x in some): raise ValueError(f"{name}={given!r}; choose some of {', '.join(known)}, each once")
     return some
 
-# %% ../nbs/14b_cells.ipynb #708573a7
+# %% ../nbs/14b_cells.ipynb #59707496
 def _several(name: str, given: Any, least: float = -math.inf) -> list[int]: # in the order given, each once; ValueError for what is no whole number
     many = isinstance(given, (Collection, np.ndarray)) and not isinstance(given, (str, bytes))
     return list(dict.fromkeys(_whole(name, x, least) for x in (given if many else [given])))
 
-# %% ../nbs/14b_cells.ipynb #e5c99935
+# %% ../nbs/14b_cells.ipynb #5bff2cec
 def _check(o: dict) -> dict:
     "Valid settings; ValueError for others."
     o |= {name: _some(name, o[name], known) for name, known in _CHOICES.items() if not (name == "intervals" and o[name] is None)}
@@ -2253,7 +2253,7 @@ def _check(o: dict) -> dict:
     if o["svd_rows"] not in (None, "all"): o["svd_rows"] = _whole("svd_rows", o["svd_rows"], 2)
     return o
 
-# %% ../nbs/14b_cells.ipynb #865632ca
+# %% ../nbs/14b_cells.ipynb #625dad76
 _SAMPLE = 1 << 20 # bytes
 
 def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
@@ -2266,7 +2266,7 @@ def _source_hash(hs: HiddenStates) -> str: # 64 hexadecimal digits
             for at in (0, max(0, size - _SAMPLE)): digest.update(f"{size} {at} ".encode() + (f.seek(at), f.read(_SAMPLE))[1])
     return digest.hexdigest()
 
-# %% ../nbs/14b_cells.ipynb #b3cb334d
+# %% ../nbs/14b_cells.ipynb #7893f804
 def _expected(o: Mapping) -> list[str]: # files of a complete run, relative to its folder
     names = lambda p: [*(f"{f}.json" for f in _FILES), *["sensitivity.json"] * (p in o["sensitivity"]), f"spectra_{p}.safetensors"]
     return [f"pool_{p}/{name}" for p in o["poolings"] for name in names(p)]
@@ -2278,14 +2278,14 @@ def _said(path: Path) -> dict: # of run.json; ValueError if it is damaged
     except ValueError as e: raise ValueError(f"{visible(str(path))} is damaged ({e}): give resume=False to begin again") from None
     return said
 
-# %% ../nbs/14b_cells.ipynb #9610693d
+# %% ../nbs/14b_cells.ipynb #775e5862
 def _intact(folder: Path, settings: Mapping) -> bool:
     "Whether every file of a complete run is there and can be read."
     if not all((folder/x).is_file() for x in _expected(settings)): return False
     metrics = load_metrics(folder)
     return not metrics.problems and not metrics.foreign
 
-# %% ../nbs/14b_cells.ipynb #07560f45
+# %% ../nbs/14b_cells.ipynb #139ff8ed
 def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is done already
     "A new folder, or one to go on with; ValueError for one of other settings, or of somebody else."
     path = folder/"run.json"
@@ -2298,7 +2298,7 @@ def _begin(folder: Path, settings: dict, resume: bool) -> bool: # whether all is
     _write_strict(path, dict(schema=_SCHEMA.format("run"), settings=settings, complete=False))
     return False
 
-# %% ../nbs/14b_cells.ipynb #364ce006
+# %% ../nbs/14b_cells.ipynb #20dd710d
 def _clear_metrics(folder: Path) -> None:
     "Remove what a run has written, and nothing else."
     (folder/".work"/"states.safetensors").unlink(missing_ok=True) # first, since it vouches for the rest
@@ -2307,7 +2307,7 @@ def _clear_metrics(folder: Path) -> None:
         for name in (*(f"{f}.json" for f in (*_FILES, "sensitivity")), f"spectra_{pool.name[5:]}.safetensors"): (pool/name).unlink(missing_ok=True)
         if pool.is_dir() and not any(pool.iterdir()): pool.rmdir()
 
-# %% ../nbs/14b_cells.ipynb #5446c491
+# %% ../nbs/14b_cells.ipynb #0163577d
 def _device(device: Any) -> torch.device: # ValueError for one that cannot be used
     try:
         there = torch.device("cpu" if device is None else device)
@@ -2315,7 +2315,7 @@ def _device(device: Any) -> torch.device: # ValueError for one that cannot be us
         return there
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e: raise ValueError(f"device={device!r} cannot be used here: {visible(str(e).splitlines()[0])[:200]}") from None
 
-# %% ../nbs/14b_cells.ipynb #846cf135
+# %% ../nbs/14b_cells.ipynb #551ba836
 _INTERVALS_UPTO = 512
 
 def _settings(o: dict, hs: HiddenStates) -> dict:
@@ -2324,13 +2324,13 @@ def _settings(o: dict, hs: HiddenStates) -> dict:
     some = ["global", "segments", "macro"] if hs.hidden_dim <= _INTERVALS_UPTO else []
     return o | dict(intervals=some if o["intervals"] is None else o["intervals"], source=_source_hash(hs))
 
-# %% ../nbs/14b_cells.ipynb #449bffa9
+# %% ../nbs/14b_cells.ipynb #f39bb69b
 def _say(work: _Work) -> None:
     s = work.steps
     if s.overlapping: warnings.warn(f"steps overlap: {_n(s.overlapping, 'token')} more than lie in steps", stacklevel=4)
     if n := len(work.bad): warnings.warn(f"left out for numbers that are not finite: {_n(n, 'row')}, the first is {_place(work, int(work.bad[0]))}", stacklevel=4)
 
-# %% ../nbs/14b_cells.ipynb #68bfb005
+# %% ../nbs/14b_cells.ipynb #2dbbf2a2
 def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, progress: bool) -> None:
     "Plan, pass, files."
     o, device = _settings(o, hs), _device(device)
@@ -2347,7 +2347,7 @@ def _run(hs: HiddenStates, folder: Path, o: dict, device: Any, resume: bool, pro
         work.rows = work.sums = None
     shutil.rmtree(folder/".work", ignore_errors=done)
 
-# %% ../nbs/14b_cells.ipynb #66a68bc7
+# %% ../nbs/14b_cells.ipynb #6daccaf9
 def spectral_metrics(
     hidden_states_or_folder: Any = None, # a `HiddenStates`, its folder, or what `extract_hidden_states` returned; None: the toy's states on its own annotated traces, made first
     out_dir: str | Path | None = None, # the folder to write; None: `spectral_metrics/` and the name of the model
@@ -2383,7 +2383,7 @@ def spectral_metrics(
         _run(hs, folder, o, device, resume, progress)
     return load_metrics(folder)
 
-# %% ../nbs/14b_cells.ipynb #4a665918
+# %% ../nbs/14b_cells.ipynb #f3237452
 @dataclass(repr=False)
 class SpectralMetrics:
     "The metrics of one model; made by `load_metrics`."
@@ -2404,11 +2404,11 @@ class SpectralMetrics:
         told = [f"{len(x)} {what}" for x, what in ((self.problems, "damaged"), (self.missing, "missing"), (self.foreign, "of others")) if x]
         return visible(f"SpectralMetrics({self.model}: {', '.join(self.pools)}{told and '; files ' + ', '.join(told) or ''})")
 
-# %% ../nbs/14b_cells.ipynb #78a844a0
+# %% ../nbs/14b_cells.ipynb #5d822daf
 def _ours(value: Any) -> bool: # whether a file says that it is from here, in this version
     return isinstance(value, dict) and isinstance(value.get("source"), dict) and any(value.get("schema") == _SCHEMA.format(k) for k in (*_FILES, "sensitivity"))
 
-# %% ../nbs/14b_cells.ipynb #656debc0
+# %% ../nbs/14b_cells.ipynb #48dd5935
 @cache
 def _validator(name: str) -> Any: # of JSON Schema, for one kind of file; made once
     from jsonschema import Draft202012Validator
@@ -2417,7 +2417,7 @@ def _validator(name: str) -> Any: # of JSON Schema, for one kind of file; made o
     strict = extend(Draft202012Validator, type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many(types))
     return strict({"$ref": f"#/$defs/{name}", "$defs": metrics_schema()["$defs"]})
 
-# %% ../nbs/14b_cells.ipynb #368f1fd4
+# %% ../nbs/14b_cells.ipynb #0505e79a
 def _wrong(value: dict, name: str, pool: str) -> str | None: # None: it is as it should be
     "What is wrong with a file of ours, by its name and its folder."
     from jsonschema.exceptions import best_match
@@ -2427,7 +2427,7 @@ def _wrong(value: dict, name: str, pool: str) -> str | None: # None: it is as it
     bins = [b["bin"] for b in value.get("bins", ())]
     if name == "depth_profile" and (bins != list(range(value["n_bins"])) or value["bin_edges"] != [b / len(bins) for b in range(len(bins) + 1)]): return "its bins are not those that it announces"
 
-# %% ../nbs/14b_cells.ipynb #1e2daf5f
+# %% ../nbs/14b_cells.ipynb #bd5405a0
 def load_metrics(
     folder: str | Path, # with folders pool_all, pool_mean, …
     max_json: int = 1 << 28, # bytes of a file
@@ -2442,7 +2442,7 @@ def load_metrics(
         if _ours(out.raw[pool.name[5:]].get("basic_metrics")): _look_at_spectra(out, pool.name[5:])
     return out
 
-# %% ../nbs/14b_cells.ipynb #9052136d
+# %% ../nbs/14b_cells.ipynb #f8681806
 def _look_at_spectra(out: SpectralMetrics, pool: str) -> None:
     path = out.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors"
     if not path.is_file(): out.missing.append(f"pool_{pool}/{path.name}"); return
@@ -2450,7 +2450,7 @@ def _look_at_spectra(out: SpectralMetrics, pool: str) -> None:
         with safe_open(path, framework="pt", device="cpu") as f: f.keys()
     except (OSError, SafetensorError) as e: out.problems.append(visible(f"pool_{pool}/{path.name}: {e}"))
 
-# %% ../nbs/14b_cells.ipynb #b0e5ff7b
+# %% ../nbs/14b_cells.ipynb #14492dc3
 def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     "One file into the metrics, or into what is wrong with them."
     name = f"{pool.name}/{path.name}"
@@ -2463,7 +2463,7 @@ def _load_one(out: SpectralMetrics, pool: Path, path: Path, most: int) -> None:
     out.raw[pool.name[5:]][path.stem] = value
     if not ours: out.foreign.append(name)
 
-# %% ../nbs/14b_cells.ipynb #e3376893
+# %% ../nbs/14b_cells.ipynb #df07421e
 def load_models(
     root: str | Path, # a tree `<model>/pool_all/…`, or the folder above it
 ) -> dict[str, SpectralMetrics]: # by name of the folder
@@ -2472,7 +2472,7 @@ def load_models(
     root = root/"spectral_metrics" if (root/"spectral_metrics").is_dir() else root
     return {p.name: load_metrics(p) for p in sorted(root.iterdir()) if p.is_dir() and any(q.is_dir() for q in p.glob("pool_*"))}
 
-# %% ../nbs/14b_cells.ipynb #68d1a54d
+# %% ../nbs/14b_cells.ipynb #9337105b
 @patch
 def file(self: SpectralMetrics,
     name: str, # "basic_metrics", "depth_profile", "token_count_sweep", "svd_vs_covariance" or "sensitivity"
@@ -2483,7 +2483,7 @@ def file(self: SpectralMetrics,
     if _ours(value): return value
     raise ValueError(next((p for p in self.problems if p.startswith(path)), f"{path} is {'not from here' if value is not None else 'missing'}") + f" in {visible(str(self.folder))}")
 
-# %% ../nbs/14b_cells.ipynb #7c5ad0b0
+# %% ../nbs/14b_cells.ipynb #9078e080
 @patch
 def spectrum(self: SpectralMetrics,
     group: str = "global", # the key of an entry's `spectrum`, such as "macro/Plan" or "bins/3"
@@ -2496,7 +2496,7 @@ def spectrum(self: SpectralMetrics,
     head = next(f for f in self.raw[pool].values() if _ours(f))
     return Spectrum(tensors[name].numpy(), n=entry["n_rows"], d=head["hidden_dim"], centered=centered, dtype=head["conventions"]["dtype"], mean_norm=entry.get("mean_norm"))
 
-# %% ../nbs/14b_cells.ipynb #cba72833
+# %% ../nbs/14b_cells.ipynb #f45857c1
 @patch
 def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
     cache, path = self.__dict__.setdefault("_loaded", {}), self.folder/f"pool_{pool}"/f"spectra_{pool}.safetensors"
@@ -2506,13 +2506,13 @@ def _tensors(self: SpectralMetrics, pool: str) -> dict[str, torch.Tensor]:
         if any(t.dtype != torch.float64 or t.ndim != 1 for t in cache[pool].values()): raise ValueError(f"{visible(str(path))} holds tensors that are no spectra")
     return cache[pool]
 
-# %% ../nbs/14b_cells.ipynb #6dedf4db
+# %% ../nbs/14b_cells.ipynb #991b07b1
 def _leaves(kind: str, tree: Mapping) -> Iterator[tuple[dict, dict]]: # kind, segment and group; entry
     "The entries of one kind: a dictionary, or for crossings one of dictionaries."
     if kind == "segments_macro": yield from ((dict(kind=kind, segment=x, group=y), e) for x, inner in tree.items() for y, e in inner.items())
     else: yield from ((dict(kind=kind, segment=x if kind == "segments" else None, group=x), e) for x, e in tree.items())
 
-# %% ../nbs/14b_cells.ipynb #9b42cf96
+# %% ../nbs/14b_cells.ipynb #b37311c2
 _PLACE = dict(kind="global", segment=None, group="global", bin=None, count=None, seed=None)
 
 def _levels(entry: Mapping) -> Iterator[tuple[dict, dict]]: # of basic_metrics, or of one bin
@@ -2533,12 +2533,12 @@ def entries(self: SpectralMetrics,
         at = dict(file="token_count_sweep") | _PLACE | ({} if x == "global" else dict(kind="macro", group=x.removeprefix("macro/")))
         yield from ((at | dict(count=e["count"], seed=e["seed"]), e) for e in series if e["n_rows"] is not None)
 
-# %% ../nbs/14b_cells.ipynb #25d97c8b
+# %% ../nbs/14b_cells.ipynb #ffdaa42c
 @patch
 def _entry(self: SpectralMetrics, pool: str, group: str) -> dict | None: # by the key of its spectrum
     return next((e for _, e in self.entries(pool) if e.get("spectrum") == group), None)
 
-# %% ../nbs/14b_cells.ipynb #3858daaf
+# %% ../nbs/14b_cells.ipynb #44b3c619
 METRICS = ("rankme", "effective_rank", "rankme_norm", "effective_rank_norm", "rankme_garrido", "rankme_reptrix", "alpha", "alpha_r2", "alpha_stderr", "participation_ratio", "stable_rank", "top1_share", "mean_norm2_share", "n90", "n99", "trace", "isotropic_null", "isotropic_null_rankme")
 _TABLE = pa.schema([("model", pa.string()), ("pool", pa.string()), ("file", pa.string()), ("kind", pa.string()), ("segment", pa.string()), ("group", pa.string()), ("bin", pa.int64()), ("count", pa.int64()), ("seed", pa.int64()), ("n_rows", pa.int64()), ("n_traces", pa.int64()),
     ("metric", pa.string()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64()), ("reason", pa.string())])
@@ -2550,7 +2550,7 @@ def _metrics(names: Any) -> list[str]: # ValueError for one that is unknown, and
 
 def _loaded(metrics: Any) -> SpectralMetrics: return metrics if isinstance(metrics, SpectralMetrics) else load_metrics(metrics)
 
-# %% ../nbs/14b_cells.ipynb #bf31a4e2
+# %% ../nbs/14b_cells.ipynb #79e0c762
 def metrics_table(
     metrics: Any, # of `load_metrics`; or several by name; or a folder
     names: Sequence[str] = METRICS, # which metrics
@@ -2561,7 +2561,7 @@ def metrics_table(
         for name, m in several.items() for pool in m.pools for where, e in m.entries(pool) for k in names if k in e]
     return pa.Table.from_pylist(rows, schema=_TABLE)
 
-# %% ../nbs/14b_cells.ipynb #897d1262
+# %% ../nbs/14b_cells.ipynb #c0e0ea2b
 def compare_models(
     models: Mapping[str, SpectralMetrics], # by name, as `load_models` reads them
     metric: str = "rankme", # a name of `METRICS`
@@ -2580,7 +2580,7 @@ def compare_models(
     if several and not found: raise ValueError(f"none of the models has {'metrics' if count is None else f'a count of {count!r}'} in pool_{pool}")
     return [dict(zip(("kind", "segment", "group"), key), values={name: x.get(name) for name in models}) for key, x in found.items()]
 
-# %% ../nbs/14b_cells.ipynb #bc4345f8
+# %% ../nbs/14b_cells.ipynb #ca6d45c5
 def _of(m: SpectralMetrics, pool: str, file: str, names: Any, kinds: Collection[str] = ("global", "macro")) -> dict[tuple[str, str], list[tuple[dict, dict]]]: # (kind, group) -> (place, entry)
     "The entries of one file by group; ValueError if the file is missing, or a metric unknown."
     out: dict[tuple, list] = {}
@@ -2589,7 +2589,7 @@ def _of(m: SpectralMetrics, pool: str, file: str, names: Any, kinds: Collection[
         if at["file"] == file and at["kind"] in kinds and e["n_rows"]: out.setdefault((at["kind"], at["group"]), []).append((at, e))
     return dict(sorted(out.items(), key=lambda x: (x[0][0] != "global", x[0])))
 
-# %% ../nbs/14b_cells.ipynb #dc6e53b2
+# %% ../nbs/14b_cells.ipynb #69c37277
 _NULLS = dict(rankme="isotropic_null_rankme", effective_rank="isotropic_null") # what noise without a preferred direction would have
 _TITLES = dict(rankme="RankMe", alpha="α", alpha_r2="R² of α", n90="components for 90 %", n99="components for 99 %")
 
@@ -2597,14 +2597,14 @@ def _words(group: tuple[str, str]) -> str: return "all" if group[0] == "global" 
 
 def _title(name: str) -> str: return _TITLES.get(name, _label(name.replace("_", " ")))
 
-# %% ../nbs/14b_cells.ipynb #9b2210ac
+# %% ../nbs/14b_cells.ipynb #434a9482
 def _draw_category(ax: Any, y: int, e: Mapping, name: str) -> None:
     "One point with its interval, and its null in words."
     ci = (e.get("ci") or {}).get(name)
     ax.errorbar(e[name], y, xerr=ci and [[max(e[name] - ci[0], 0)], [max(ci[1] - e[name], 0)]], fmt="o", color=_COLOURS[y % len(_COLOURS)], capsize=3)
     if (null := e.get(_NULLS.get(name))) is not None: ax.text(.995, y - .12, f"noise {null:.4g}", transform=ax.get_yaxis_transform(), ha="right", va="bottom", color="#888888", fontsize="x-small")
 
-# %% ../nbs/14b_cells.ipynb #4b9177d3
+# %% ../nbs/14b_cells.ipynb #2e6afdbe
 def plot_categories(
     metrics: SpectralMetrics, # of `load_metrics`
     names: Sequence[str] = ("rankme", "alpha"), # metrics, a panel each
@@ -2620,7 +2620,7 @@ def plot_categories(
         ax.set_ylim(max(len(groups), 1) - .5, -.5), ax.margins(x=.12)
     return fig
 
-# %% ../nbs/14b_cells.ipynb #c94d9995
+# %% ../nbs/14b_cells.ipynb #87b5d442
 def plot_depth(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2636,7 +2636,7 @@ def plot_depth(
     if ax.lines: fig.legend(loc="outside right upper", frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #6519a0de
+# %% ../nbs/14b_cells.ipynb #60a82480
 def plot_cells(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "effective_rank", # a metric
@@ -2652,7 +2652,7 @@ def plot_cells(
     ax.set(xlabel="place in the trace", yticks=range(len(found)), yticklabels=[_words(g) for g in found])
     return fig
 
-# %% ../nbs/14b_cells.ipynb #32c5087c
+# %% ../nbs/14b_cells.ipynb #db1f0c9a
 def _paint(fig: Figure, ax: Any, map: np.ndarray, name: str) -> None: # map: [groups, bins], NaN where there is nothing
     "Colours, and figures if they fit."
     if not np.isfinite(map).any(): return
@@ -2662,7 +2662,7 @@ def _paint(fig: Figure, ax: Any, map: np.ndarray, name: str) -> None: # map: [gr
     for y, b in np.argwhere(np.isfinite(map)) if B <= 12 and n <= 14 else ():
         ax.text((b + .5) / B, y, f"{map[y, b]:.3g}", ha="center", va="center", fontsize="x-small", color="black" if image.norm(map[y, b]) > .6 else "white")
 
-# %% ../nbs/14b_cells.ipynb #fcd421d7
+# %% ../nbs/14b_cells.ipynb #2e906258
 def _draw_sweep(ax: Any, groups: Mapping, name: str) -> None:
     "A line a group and seed."
     for i, (g, points) in enumerate(groups.items()):
@@ -2674,7 +2674,7 @@ def _draw_sweep(ax: Any, groups: Mapping, name: str) -> None:
     if len(counts) <= 6: ax.set_xticks(counts, [f"{c:,}" if c >= 1.6 * b else "" for b, c in zip([0, *counts], counts)]), ax.set_xticks([], minor=True)
     ax.set(xlabel="rows", ylabel=_title(name))
 
-# %% ../nbs/14b_cells.ipynb #333b59fe
+# %% ../nbs/14b_cells.ipynb #84fc54ed
 def plot_sweep(
     metrics: SpectralMetrics, # of `load_metrics`
     name: str = "rankme", # a metric
@@ -2689,7 +2689,7 @@ def plot_sweep(
     if axes[-1].lines: fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     return fig
 
-# %% ../nbs/14b_cells.ipynb #f123294e
+# %% ../nbs/14b_cells.ipynb #cdf22922
 def plot_spectra(
     metrics: SpectralMetrics, # of `load_metrics`
     groups: Sequence[str] | None = None, # keys such as "macro/Plan"; None: all, and the first five categories
