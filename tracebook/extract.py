@@ -94,9 +94,9 @@ def _model_name(model: Any) -> str:
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 # %% ../nbs/13_extract.ipynb #d8d7e34c
-def _folder_name(model: str) -> str: # such as "olmo-3-7b-think"
+def _folder_name(model: str) -> str: # such as "olmo-3-7b-think"; at most 120 characters
     "The folder of a model in the published tree: the last part of its name in small letters."
-    return re.sub(r"[^a-z0-9._-]+", "-", model.rpartition("/")[2].lower()).strip("-.") or "model"
+    return re.sub(r"[^a-z0-9._-]+", "-", model.rpartition("/")[2].lower())[-120:].strip("-.") or "model"
 
 # %% ../nbs/13_extract.ipynb #79e59cc9
 class _Stack(NamedTuple):
