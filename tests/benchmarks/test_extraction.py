@@ -18,7 +18,7 @@ from tracebook.sources import read_rows, sample_traces
 from tracebook.tokens import make_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
-ROUNDS, TRACES, BUDGET, AT_ONCE, VOCABULARY = 5, 96, 4096, 8, 8192
+ROUNDS, TRACES, BUDGET, AT_ONCE, VOCABULARY = 9, 96, 4096, 8, 8192
 
 
 @pytest.fixture(scope="module")
