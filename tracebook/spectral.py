@@ -339,11 +339,11 @@ def mean_norm2_share(
 
 # %% ../nbs/14_spectral.ipynb #54a61ca4
 def _check_fit(fit: tuple[int, int]) -> tuple[int, int]: # ValueError for a range that is none
-    try:
-        lo, hi = fit
-        if int(lo) == lo and int(hi) == hi and 1 <= lo <= hi: return int(lo), int(hi)
-    except (TypeError, ValueError, OverflowError): pass # no two of them, or no numbers, or not finite
-    raise ValueError(f"fit={fit!r}: give the first and the last rank, counted from 1, as (lo, hi)")
+    wrong = ValueError(f"fit={fit!r}: give the first and the last rank, counted from 1, as (lo, hi)")
+    try: lo, hi = (int(x) if int(x) == x else 0 for x in fit)
+    except (TypeError, ValueError, OverflowError): raise wrong from None # no two of them, or no numbers, or not finite
+    if not 1 <= lo <= hi: raise wrong
+    return lo, hi
 
 # %% ../nbs/14_spectral.ipynb #f86be651
 @dataclass(frozen=True)
