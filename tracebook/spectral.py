@@ -16,7 +16,6 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import numpy as np
 import torch
 from fastcore.basics import patch
-from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from .trace import visible
